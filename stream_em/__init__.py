@@ -1,0 +1,44 @@
+"""Online and batch EM over streams of events."""
+
+from stream_em.describe import ComponentDescription, FieldDescription
+from stream_em.families import Bernoulli, Categorical, Exponential, FamilyError, Gaussian, Poisson, Product
+from stream_em.learners import BatchEM, FittedMixture, NotFittedError, OnlineEM, Prediction
+from stream_em.models import Mixture, MixtureParameters
+from stream_em.schedules import Constant, HalfLife, Harmonic, RobbinsMonro
+from stream_em.schema import Batch, EventError, Field, Schema, SchemaError
+from stream_em.statistics import MergeError, Statistics
+from stream_em.store import SnapshotError, load, read_metadata, save
+
+__all__ = [
+    "Batch",
+    "BatchEM",
+    "Bernoulli",
+    "Categorical",
+    "ComponentDescription",
+    "Constant",
+    "EventError",
+    "Exponential",
+    "FamilyError",
+    "Field",
+    "FieldDescription",
+    "FittedMixture",
+    "Gaussian",
+    "HalfLife",
+    "Harmonic",
+    "MergeError",
+    "Mixture",
+    "MixtureParameters",
+    "NotFittedError",
+    "OnlineEM",
+    "Poisson",
+    "Prediction",
+    "Product",
+    "RobbinsMonro",
+    "Schema",
+    "SchemaError",
+    "SnapshotError",
+    "Statistics",
+    "load",
+    "read_metadata",
+    "save",
+]

@@ -1,0 +1,111 @@
+"""Component families: one file each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stream_em.families.base import Family, FamilyError
+from stream_em.families.bernoulli import Bernoulli
+from stream_em.families.categorical import Categorical
+from stream_em.families.exponential import Exponential
+from stream_em.families.gaussian import CovarianceType, Gaussian
+from stream_em.families.poisson import Poisson
+from stream_em.families.product import Product
+from stream_em.schema import Schema
+
+__all__ = [
+    "Bernoulli",
+    "Categorical",
+    "Exponential",
+    "Family",
+    "FamilyError",
+    "Gaussian",
+    "Poisson",
+    "Product",
+    "automatic_family",
+    "family_from_specification",
+    "specification_of_family",
+]
+
+BY_NAME: dict[str, type[Family]] = {
+    "gaussian": Gaussian,
+    "bernoulli": Bernoulli,
+    "categorical": Categorical,
+    "poisson": Poisson,
+    "exponential": Exponential,
+}
+NAMES = {family: name for name, family in BY_NAME.items()}
+
+OF_KIND: dict[str, type[Family]] = {
+    "category": Categorical,
+    "flag": Bernoulli,
+    "count": Poisson,
+    "duration": Exponential,
+}
+
+
+def automatic_family(schema: Schema, covariance_type: CovarianceType = "full") -> Family:
+    """Return the family that suits the kinds of the fields; all numeric fields share one Gaussian.
+
+    >>> automatic_family(Schema({"x": "numeric", "y": "numeric"}))
+    Gaussian(covariance_type='full')
+    >>> automatic_family(Schema({"x": "numeric", "clicks": "count"})).names
+    ('x', 'clicks')
+
+    """
+    numeric = tuple(one.name for one in schema.fields if one.kind == "numeric")
+    if len(numeric) == len(schema.fields):
+        return Gaussian(covariance_type)
+    families: dict[str | tuple[str, ...], Family] = {}
+    if numeric:
+        families[numeric] = Gaussian(covariance_type)
+    families.update({one.name: OF_KIND[one.kind]() for one in schema.fields if one.kind != "numeric"})
+    return Product(families)
+
+
+def specification_of_family(family: Family) -> dict[str, Any]:
+    """Return a family as plain data.
+
+    >>> specification_of_family(Gaussian("diag"))
+    {'family': 'gaussian', 'covariance_type': 'diag'}
+
+    """
+    if isinstance(family, Product):
+        factors = [
+            {"fields": [key] if isinstance(key, str) else list(key), **specification_of_family(one)}
+            for key, one in family.families.items()
+        ]
+        return {"family": "product", "factors": factors}
+    specification: dict[str, Any] = {"family": NAMES[type(family)]}
+    if isinstance(family, Gaussian):
+        specification["covariance_type"] = family.covariance_type
+    return specification
+
+
+def family_from_specification(specification: dict[str, Any]) -> Family:
+    """Return the family that `specification_of_family` described.
+
+    Raises
+    ------
+    FamilyError
+        When the name is unknown or an option does not belong to the family.
+
+    >>> family_from_specification({"family": "poisson"})
+    Poisson()
+
+    """
+    options = dict(specification)
+    name = options.pop("family", None)
+    if name == "product":
+        families: dict[str | tuple[str, ...], Family] = {}
+        for factor in options["factors"]:
+            of_factor = dict(factor)
+            fields = tuple(of_factor.pop("fields"))
+            families[fields[0] if len(fields) == 1 else fields] = family_from_specification(of_factor)
+        return Product(families)
+    if name not in BY_NAME:
+        raise FamilyError(f"unknown family {name!r}, expected one of {', '.join([*BY_NAME, 'product'])}")
+    try:
+        return BY_NAME[name](**options)
+    except TypeError as error:
+        raise FamilyError(f"the family {name!r} does not take these options: {error}") from None

@@ -1,0 +1,168 @@
+"""What a component family must offer. A new family is one new file with a `Family` and a `Block`.
+
+All the families here are linear in their sufficient statistics: with T (Q, B) the features of a block of
+events, the log-densities are `theta (K, Q) @ T + constant`, and the expected statistics are sums
+`responsibilities (K, B) @ T.T`. Features are shifted by a point near the data first, which is what keeps
+squares from cancelling.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from stream_em.numerics import Array
+from stream_em.schema import Field
+from stream_em.statistics import Part
+
+Mask = npt.NDArray[np.bool_]
+Parts = Mapping[str, Part]
+
+
+class FamilyError(ValueError):
+    """Raised when a family does not suit the fields it is given."""
+
+
+class Block(ABC):
+    """A family at fixed parameters, ready to be applied to blocks of events.
+
+    Attributes
+    ----------
+    n_features
+        Q, number of feature rows.
+
+    """
+
+    n_features: int
+
+    @abstractmethod
+    def natural(self, centers: Array) -> tuple[Array, Array]:
+        """Return coefficients (K, Q) and constants (K,) of the log-density for features about `centers` (K, D)."""
+
+    def unstable(self, center: Array) -> npt.NDArray[np.intp]:
+        """Return the components for which features about `center` (D,) would lose precision."""
+        return np.empty(0, dtype=np.intp)
+
+    @abstractmethod
+    def write_features(self, shifted: Array, observed: Mask | None, out: Array) -> None:
+        """Write the features (Q, B) of a block (D, B), shifted, with 0 where a value is missing."""
+
+    def base_measure(self, values: Array, observed: Mask | None) -> Array | None:
+        """Return the part of the log-density (B,) that no parameter changes, or None when it is 0."""
+        return None
+
+    @abstractmethod
+    def collect(self, sums: Array, weight: Array, centers: Array) -> Parts:
+        """Turn sums of features (K, Q) about `centers` (K, D), and weights (K,), into statistics."""
+
+    def recentered(self, sums: Array, weight: Array, centers: Array) -> Array | None:
+        """Return better `centers` (K, D) where sums of features lost precision to cancellation, None if nowhere.
+
+        The rows of components that lost nothing stay as they are.
+        """
+        return None
+
+
+class Family(ABC):
+    """A parametric family of component densities over one or more fields."""
+
+    kinds: ClassVar[frozenset[str]]
+    location: ClassVar[bool] = False
+    """Whether features are taken about a shifted origin."""
+
+    joint: ClassVar[bool] = False
+    """Whether fields depend on each other, so that events are grouped by which of them are missing."""
+
+    def bind(self, fields: tuple[Field, ...]) -> Self:
+        """Return the family for these fields.
+
+        Raises
+        ------
+        FamilyError
+            When a field's kind does not suit the family.
+
+        """
+        for one in fields:
+            if one.kind not in self.kinds:
+                raise FamilyError(
+                    f"{type(self).__name__} takes fields of kind {' or '.join(sorted(self.kinds))}, "
+                    f"but {one.name!r} is of kind {one.kind!r}; use Product to give it a family of its own"
+                )
+        return self
+
+    def joint_fields(self, n_fields: int) -> Mask:
+        """Return which of the fields (D,) depend on each other."""
+        return np.full(n_fields, self.joint)
+
+    def location_fields(self, n_fields: int) -> Mask:
+        """Return for which of the fields (D,) features are taken about a shifted origin."""
+        return np.full(n_fields, self.location)
+
+    @abstractmethod
+    def block(self, parameters: Any, observed: Mask | None) -> Block:
+        """Return the family at these parameters.
+
+        Parameters
+        ----------
+        parameters
+            As `maximize` returns them.
+        observed
+            None when nothing is missing. Otherwise (D,): for joint fields which are observed, in the whole
+            block alike; the other fields are then masked event by event.
+
+        """
+
+    @abstractmethod
+    def pooled(self, values: Array, weight: Array, n_components: int) -> Any:
+        """Return parameters of identical components fitted to all the events (D, B), NaN where missing."""
+
+    @abstractmethod
+    def prior(self, parts: Parts, prior_weight: float) -> Parts:
+        """Return pseudo-statistics: `prior_weight` events of the pooled distribution in each component."""
+
+    @abstractmethod
+    def maximize(self, parts: Parts) -> Any:
+        """Return the parameters that maximise the expected log-likelihood of these statistics."""
+
+    @abstractmethod
+    def log_prior(self, parameters: Any, prior: Parts) -> float:
+        """Return the expected log-density of the pseudo-events of `prior`, up to a constant."""
+
+    @abstractmethod
+    def moments(self, parameters: Any) -> tuple[Array, Array]:
+        """Return mean and variance (K, D) of each field in each component, in the fields' coding."""
+
+    @abstractmethod
+    def sample(self, parameters: Any, components: npt.NDArray[np.intp], generator: np.random.Generator) -> Array:
+        """Draw one event (D,) from each of the `components` (n,); return (D, n)."""
+
+    @abstractmethod
+    def n_parameters(self, n_fields: int, n_components: int) -> int:
+        """Return the number of free parameters of all components."""
+
+    @abstractmethod
+    def grow(self, parts: Parts, old: tuple[Field, ...], new: tuple[Field, ...], pooled: Any) -> Parts:
+        """Return statistics for fields that gained categories, or for more fields appended at the end.
+
+        `pooled` are parameters of identical components over the new fields; they say what the events seen
+        so far are taken to have held where a joint family needs a value.
+        """
+
+    @abstractmethod
+    def arrays(self, parameters: Any) -> dict[str, Array]:
+        """Return the parameters as named arrays, for snapshots."""
+
+    @abstractmethod
+    def from_arrays(self, arrays: Mapping[str, Array]) -> Any:
+        """Return the parameters of `arrays`.
+
+        Raises
+        ------
+        ValueError
+            When an array is missing, ill-shaped or out of range.
+
+        """

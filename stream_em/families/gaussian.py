@@ -1,0 +1,556 @@
+"""Gaussian components with full, tied, diagonal or spherical covariances."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from stream_em.families.base import Block, Family, FamilyError, Mask, Parts
+from stream_em.numerics import EPSILON, Array, cholesky, inverse_lower, safe_divide
+from stream_em.schema import Field
+from stream_em.statistics import Moments
+
+LOG_TWO_PI = float(np.log(2.0 * np.pi))
+
+# Squared distance, in standard deviations, between a component and the origin of the features beyond which
+# the rounding of the expanded square exceeds about 1e-9.
+LARGEST_SQUARED_OFFSET = 4e6
+
+CovarianceType = Literal["full", "tied", "diag", "spherical"]
+COVARIANCE_TYPES: tuple[CovarianceType, ...] = ("full", "tied", "diag", "spherical")
+
+
+@dataclass(frozen=True)
+class GaussianParameters:
+    """Means and covariances of all components.
+
+    Parameters
+    ----------
+    mean
+        (K, D).
+    covariance
+        (K, D, D) full, (D, D) tied, (K, D) diag, (K,) spherical: scikit-learn's shapes.
+
+    """
+
+    mean: Array
+    covariance: Array
+
+    @cached_property
+    def factor(self) -> Array:
+        """Lower Cholesky factors, (K, D, D) or (D, D)."""
+        variances = np.diagonal(self.covariance, axis1=-2, axis2=-1).reshape(-1, self.mean.shape[1])
+        return cholesky(self.covariance, np.maximum.reduce(variances, axis=0))[1]
+
+    @cached_property
+    def precision(self) -> Array:
+        """Inverse covariances, (K, D, D) or (D, D)."""
+        inverse = inverse_lower(self.factor)
+        return np.matmul(inverse.swapaxes(-1, -2), inverse)
+
+    @cached_property
+    def half_log_determinant(self) -> Array:
+        """Half the log-determinants of the covariances, (K,) or ()."""
+        return np.log(np.diagonal(self.factor, axis1=-2, axis2=-1)).sum(axis=-1)
+
+    @cached_property
+    def packed_precision(self) -> Array:
+        """Coefficients of the products x_i x_j, i <= j, in the log-density: (K, D(D+1)/2) or (D(D+1)/2,)."""
+        dimension = self.mean.shape[1]
+        layout = _layout(dimension)
+        flat = self.precision.reshape(*self.precision.shape[:-2], dimension * dimension)
+        return np.take(flat, layout.upper, axis=-1) * layout.coefficient
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where the products x_i x_j with i <= j stand among the feature rows."""
+
+    upper: npt.NDArray[np.intp]
+    coefficient: Array
+    unpack: npt.NDArray[np.intp]
+    squares: npt.NDArray[np.intp]
+    n_products: int
+
+
+@lru_cache(maxsize=256)
+def _layout(dimension: int) -> _Layout:
+    row, column = np.triu_indices(dimension)
+    unpack = np.zeros((dimension, dimension), dtype=np.intp)
+    unpack[row, column] = unpack[column, row] = np.arange(len(row))
+    coefficient = np.where(row == column, -0.5, -1.0)
+    return _Layout(row * dimension + column, coefficient, unpack, np.diagonal(unpack), len(row))
+
+
+def _lost(offset: Array, second: Array, weight: Array) -> Mask | None:
+    """Components whose variance drowns in the rounding of its second moment (K, D) about the origin."""
+    squared = offset * offset
+    variance = np.maximum(second - squared, 0.0)
+    total = float(np.add.reduce(weight))
+    pooled = (weight @ second) / total if total > 0.0 else 0.0
+    lost = EPSILON * squared > 1e-9 * variance + 1e-15 * pooled
+    if not lost.any():
+        return None
+    # A component without events has nothing to lose.
+    components: Mask = lost.any(axis=1) & (weight > 1e-60)
+    return components
+
+
+class _JointBlock(Block):
+    """Full and tied covariances: features are the products x_i x_j (i <= j), then x."""
+
+    def __init__(self, parameters: GaussianParameters, observed: Mask | None) -> None:
+        self.complete = parameters
+        self.tied = parameters.covariance.ndim == 2
+        self.observed: npt.NDArray[np.intp] | None = None
+        if observed is not None and not observed.all():
+            self.observed = np.flatnonzero(observed)
+            parameters = _marginal_joint(parameters, self.observed)
+        self.parameters = parameters
+        self.dimension = parameters.mean.shape[1]
+        self.layout = _layout(self.dimension)
+        self.n_features = self.layout.n_products + self.dimension
+
+    def natural(self, centers: Array) -> tuple[Array, Array]:
+        parameters, products = self.parameters, self.layout.n_products
+        if self.observed is not None:
+            centers = centers[:, self.observed]
+        offset = parameters.mean - centers
+        if self.tied:
+            linear = offset @ parameters.precision
+        else:
+            linear = np.matmul(parameters.precision, offset[:, :, None])[:, :, 0]
+        theta = np.empty((len(offset), self.n_features))
+        theta[:, :products] = parameters.packed_precision
+        theta[:, products:] = linear
+        constant = np.add.reduce(offset * linear, axis=1)
+        constant *= -0.5
+        constant -= parameters.half_log_determinant
+        constant -= 0.5 * self.dimension * LOG_TWO_PI
+        return theta, constant
+
+    def unstable(self, center: Array) -> npt.NDArray[np.intp]:
+        if self.observed is not None:
+            center = center[self.observed]
+        offset = self.parameters.mean - center
+        offset *= offset
+        offset *= np.diagonal(self.parameters.precision, axis1=-2, axis2=-1)
+        distance = self.dimension * np.add.reduce(offset, axis=1)
+        if not (distance > LARGEST_SQUARED_OFFSET).any():
+            return np.empty(0, dtype=np.intp)
+        return np.flatnonzero(distance > LARGEST_SQUARED_OFFSET)
+
+    def write_features(self, shifted: Array, observed: Mask | None, out: Array) -> None:
+        values = out[self.layout.n_products :]
+        np.copyto(values, shifted if self.observed is None else shifted[self.observed])
+        start = 0
+        for row in range(self.dimension):
+            stop = start + self.dimension - row
+            np.multiply(values[row], values[row:], out=out[start:stop])
+            start = stop
+
+    def _centred(self, sums: Array, weight: Array) -> tuple[Array, Array]:
+        products = self.layout.n_products
+        offset = safe_divide(sums[:, products:], weight[:, None])
+        scatter = sums[:, self.layout.unpack]
+        scatter -= offset[:, :, None] * sums[:, None, products:]
+        return offset, scatter
+
+    def collect(self, sums: Array, weight: Array, centers: Array) -> Parts:
+        offset, scatter = self._centred(sums, weight)
+        diagonal = np.einsum("kii->ki", scatter)
+        np.maximum(diagonal, 0.0, out=diagonal)
+        if self.observed is None:
+            if self.tied:
+                scatter = np.add.reduce(scatter, axis=0)
+            return {"moments": Moments(weight, centers + offset, scatter)}
+        return {"moments": self._completed(weight, centers[:, self.observed] + offset, scatter)}
+
+    def _completed(self, weight: Array, mean: Array, scatter: Array) -> Moments:
+        """Add the conditional expectations of the missing fields (Ghahramani & Jordan 1994).
+
+        Given what is observed, the expected values are affine in it with coefficients that the parameters
+        alone decide, so the completed statistics follow from the observed ones without touching an event.
+        """
+        assert self.observed is not None
+        whole, observed = self.complete, self.observed
+        n_components, dimension = whole.mean.shape
+        missing = np.setdiff1d(np.arange(dimension), observed)
+        covariance = whole.covariance[None] if self.tied else whole.covariance
+        precision = self.parameters.precision[None] if self.tied else self.parameters.precision
+        cross = covariance[:, missing[:, None], observed]
+        regression = np.matmul(cross, precision)
+        residual = covariance[:, missing[:, None], missing] - np.matmul(regression, cross.swapaxes(1, 2))
+        completed_mean = np.empty_like(whole.mean)
+        completed_mean[:, observed] = mean
+        completed_mean[:, missing] = (
+            whole.mean[:, missing] + np.matmul(regression, (mean - whole.mean[:, observed])[:, :, None])[:, :, 0]
+        )
+        across = np.matmul(regression, scatter)
+        completed = np.empty((n_components, dimension, dimension))
+        completed[:, observed[:, None], observed] = scatter
+        completed[:, missing[:, None], observed] = across
+        completed[:, observed[:, None], missing] = across.swapaxes(1, 2)
+        completed[:, missing[:, None], missing] = (
+            np.matmul(across, regression.swapaxes(1, 2)) + weight[:, None, None] * residual
+        )
+        return Moments(weight, completed_mean, np.add.reduce(completed, axis=0) if self.tied else completed)
+
+    def recentered(self, sums: Array, weight: Array, centers: Array) -> Array | None:
+        products = self.layout.n_products
+        offset = safe_divide(sums[:, products:], weight[:, None])
+        lost = _lost(offset, safe_divide(sums[:, self.layout.squares], weight[:, None]), weight)
+        if lost is None or not lost.any():
+            return None
+        centers = centers.copy()
+        fields = slice(None) if self.observed is None else self.observed
+        centers[:, fields] += np.where(lost[:, None], offset, 0.0)
+        return centers
+
+
+class _SeparateBlock(Block):
+    """Diagonal and spherical covariances: features are x squared, then x, then which fields are observed."""
+
+    def __init__(self, parameters: GaussianParameters, observed: Mask | None) -> None:
+        self.mean = parameters.mean
+        covariance = parameters.covariance
+        self.variance = np.broadcast_to(
+            covariance if covariance.ndim == 2 else covariance[:, None], self.mean.shape
+        )
+        self.dimension = self.mean.shape[1]
+        self.masked = observed is not None
+        self.n_features = (3 if self.masked else 2) * self.dimension
+
+    def natural(self, centers: Array) -> tuple[Array, Array]:
+        dimension = self.dimension
+        offset = self.mean - centers
+        precision = 1.0 / self.variance
+        theta = np.empty((len(offset), self.n_features))
+        theta[:, :dimension] = -0.5 * precision
+        theta[:, dimension : 2 * dimension] = linear = offset * precision
+        constant = -0.5 * (offset * linear + np.log(self.variance) + LOG_TWO_PI)
+        if self.masked:
+            theta[:, 2 * dimension :] = constant
+            return theta, np.zeros(len(offset))
+        return theta, np.add.reduce(constant, axis=1)
+
+    def unstable(self, center: Array) -> npt.NDArray[np.intp]:
+        offset = self.mean - center
+        distance = np.add.reduce(offset * offset / self.variance, axis=1)
+        return np.flatnonzero(distance > LARGEST_SQUARED_OFFSET)
+
+    def write_features(self, shifted: Array, observed: Mask | None, out: Array) -> None:
+        dimension = self.dimension
+        np.multiply(shifted, shifted, out=out[:dimension])
+        np.copyto(out[dimension : 2 * dimension], shifted)
+        if self.masked:
+            np.copyto(out[2 * dimension :], 1.0 if observed is None else observed)
+
+    def _weight(self, sums: Array, weight: Array) -> Array:
+        if self.masked:
+            return sums[:, 2 * self.dimension :].copy()
+        return np.repeat(weight[:, None], self.dimension, axis=1)
+
+    def collect(self, sums: Array, weight: Array, centers: Array) -> Parts:
+        dimension = self.dimension
+        field_weight = self._weight(sums, weight)
+        first = sums[:, dimension : 2 * dimension]
+        offset = safe_divide(first, field_weight)
+        scatter = np.maximum(sums[:, :dimension] - offset * first, 0.0)
+        # A field never observed keeps the mean 0 of the zero statistics, not the origin of its features.
+        mean = np.where(field_weight > 0.0, centers + offset, 0.0)
+        return {"moments": Moments(field_weight, mean, scatter)}
+
+    def recentered(self, sums: Array, weight: Array, centers: Array) -> Array | None:
+        dimension = self.dimension
+        field_weight = self._weight(sums, weight)
+        offset = safe_divide(sums[:, dimension : 2 * dimension], field_weight)
+        lost = _lost(offset, safe_divide(sums[:, :dimension], field_weight), weight)
+        if lost is None or not lost.any():
+            return None
+        return centers + np.where(lost[:, None], offset, 0.0)
+
+
+def _marginal_joint(parameters: GaussianParameters, keep: npt.NDArray[np.intp]) -> GaussianParameters:
+    covariance = parameters.covariance[..., keep[:, None], keep]
+    return GaussianParameters(parameters.mean[:, keep], covariance)
+
+
+def pooled_moments(moments: Moments) -> tuple[Array, Array]:
+    """Mean and variance (D,) of each field over all components, the variance never 0.
+
+    A field that never varied gets the standard deviation of a thousandth of its value (of 1 where that is
+    0): there is no data to say better, and every covariance must stay positive definite.
+    """
+    weight = moments.weight if moments.weight.ndim == 2 else moments.weight[:, None]
+    total = np.add.reduce(weight, axis=0)
+    mean = safe_divide(np.add.reduce(weight * moments.mean, axis=0), np.broadcast_to(total, moments.mean.shape[1:]))
+    deviation = moments.mean - mean
+    scatter = moments.scatter
+    if moments.weight.ndim == 2:
+        within = np.add.reduce(scatter, axis=0)
+    elif scatter.ndim == 2:
+        within = np.diagonal(scatter)
+    else:
+        within = np.add.reduce(np.einsum("kii->ki", scatter), axis=0)
+    variance = safe_divide(within + np.add.reduce(weight * deviation * deviation, axis=0), total)
+    return mean, _positive_variance(mean, variance)
+
+
+def _positive_variance(mean: Array, variance: Array) -> Array:
+    constant = variance <= (16.0 * EPSILON * mean) ** 2
+    if not constant.any():
+        return variance
+    return np.where(constant, (1e-3 * np.where(mean == 0.0, 1.0, mean)) ** 2, variance)
+
+
+@dataclass(frozen=True)
+class Gaussian(Family):
+    """Gaussian components.
+
+    Parameters
+    ----------
+    covariance_type
+        "full": each component its own covariance; "tied": one covariance for all; "diag": each component
+        its own variances; "spherical": each component one variance.
+
+    Raises
+    ------
+    FamilyError
+        When the covariance type is unknown.
+
+    Notes
+    -----
+    Missing values are marginalised: for full and tied covariances by conditioning on the observed fields
+    (Ghahramani & Jordan 1994, "Supervised learning from incomplete data via an EM approach"), otherwise by
+    giving each field a weight of its own.
+
+    >>> Gaussian(covariance_type="diag").n_parameters(n_fields=2, n_components=3)
+    12
+
+    """
+
+    covariance_type: CovarianceType = "full"
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"numeric", "flag", "count", "duration"})
+    location: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.covariance_type not in COVARIANCE_TYPES:
+            raise FamilyError(
+                f"covariance_type={self.covariance_type!r}, expected one of {', '.join(COVARIANCE_TYPES)}"
+            )
+
+    @property
+    def _is_joint(self) -> bool:
+        return self.covariance_type in ("full", "tied")
+
+    def joint_fields(self, n_fields: int) -> Mask:  # noqa: D102
+        return np.full(n_fields, self._is_joint)
+
+    def block(self, parameters: GaussianParameters, observed: Mask | None) -> Block:  # noqa: D102
+        return _JointBlock(parameters, observed) if self._is_joint else _SeparateBlock(parameters, observed)
+
+    def pooled(self, values: Array, weight: Array, n_components: int) -> GaussianParameters:  # noqa: D102
+        there = ~np.isnan(values)
+        filled = np.where(there, values, 0.0)
+        weights = np.where(there, weight, 0.0)
+        total = weights.sum(axis=1)
+        mean = safe_divide((weights * filled).sum(axis=1), total)
+        deviation = np.where(there, values - mean[:, None], 0.0)
+        variance = _positive_variance(mean, safe_divide((weights * deviation**2).sum(axis=1), total))
+        means = np.repeat(mean[None], n_components, axis=0)
+        if self.covariance_type == "full":
+            return GaussianParameters(means, np.repeat(np.diag(variance)[None], n_components, axis=0))
+        if self.covariance_type == "tied":
+            return GaussianParameters(means, np.diag(variance))
+        if self.covariance_type == "diag":
+            return GaussianParameters(means, np.repeat(variance[None], n_components, axis=0))
+        return GaussianParameters(means, np.full(n_components, variance.mean()))
+
+    def prior(self, parts: Parts, prior_weight: float) -> Parts:  # noqa: D102
+        moments = parts["moments"]
+        assert isinstance(moments, Moments)
+        mean, variance = pooled_moments(moments)
+        n_components, dimension = moments.mean.shape
+        pseudo_weight = np.full(moments.weight.shape, prior_weight)
+        scatter = prior_weight * variance
+        if moments.weight.ndim == 2:
+            spread = np.repeat(scatter[None], n_components, axis=0)
+        elif moments.scatter.ndim == 2:
+            spread = np.diag(n_components * scatter)
+        else:
+            spread = np.zeros((n_components, dimension, dimension))
+            np.einsum("kii->ki", spread)[:] = scatter
+        return {"moments": Moments(pseudo_weight, np.repeat(mean[None], n_components, axis=0), spread)}
+
+    def maximize(self, parts: Parts) -> GaussianParameters:  # noqa: D102
+        moments = parts["moments"]
+        assert isinstance(moments, Moments)
+        weight, mean, scatter = moments.weight, moments.mean, moments.scatter
+        if self.covariance_type == "spherical":
+            return GaussianParameters(mean, scatter.sum(axis=1) / weight.sum(axis=1))
+        if self.covariance_type == "diag":
+            return GaussianParameters(mean, scatter / weight)
+        if self.covariance_type == "tied":
+            covariance = scatter / np.add.reduce(weight)
+            scale = np.diagonal(covariance)
+        else:
+            covariance = scatter / weight[:, None, None]
+            scale = np.maximum.reduce(np.einsum("kii->ki", covariance), axis=0)
+        covariance, factor = cholesky(covariance, scale)
+        parameters = GaussianParameters(mean, covariance)
+        parameters.__dict__["factor"] = factor
+        return parameters
+
+    def log_prior(self, parameters: GaussianParameters, prior: Parts) -> float:  # noqa: D102
+        moments = prior["moments"]
+        assert isinstance(moments, Moments)
+        n_components = len(moments.mean)
+        theta, constant = self.block(parameters, None).natural(moments.mean)
+        dimension = moments.mean.shape[1]
+        weight = moments.weight if moments.weight.ndim == 1 else moments.weight[:, 0]
+        if not self._is_joint:
+            squares = moments.scatter
+            coefficient = theta[:, :dimension]
+        else:
+            diagonal = np.diagonal(moments.scatter, axis1=-2, axis2=-1)
+            squares = diagonal / n_components if moments.scatter.ndim == 2 else diagonal
+            coefficient = theta[:, _layout(dimension).squares]
+        return float((coefficient * squares).sum() + weight @ constant)
+
+    def moments(self, parameters: GaussianParameters) -> tuple[Array, Array]:  # noqa: D102
+        covariance, shape = parameters.covariance, parameters.mean.shape
+        if self.covariance_type in ("full", "tied"):
+            return parameters.mean, np.broadcast_to(np.diagonal(covariance, axis1=-2, axis2=-1), shape)
+        return parameters.mean, np.broadcast_to(
+            covariance if self.covariance_type == "diag" else covariance[:, None], shape
+        )
+
+    def covariances(self, parameters: GaussianParameters) -> Array:
+        """Return the covariances as full matrices (K, D, D), whatever the covariance type."""
+        n_components, dimension = parameters.mean.shape
+        if self._is_joint:
+            return np.broadcast_to(parameters.covariance, (n_components, dimension, dimension))
+        return self.moments(parameters)[1][:, :, None] * np.eye(dimension)
+
+    def sample(  # noqa: D102
+        self, parameters: GaussianParameters, components: npt.NDArray[np.intp], generator: np.random.Generator
+    ) -> Array:
+        dimension = parameters.mean.shape[1]
+        noise = generator.standard_normal((len(components), dimension))
+        if self._is_joint:
+            factor = np.broadcast_to(parameters.factor, (len(parameters.mean), dimension, dimension))
+            drawn = np.empty_like(noise)
+            for component in range(len(parameters.mean)):
+                chosen = components == component
+                drawn[chosen] = noise[chosen] @ factor[component].T
+        else:
+            drawn = noise * np.sqrt(self.moments(parameters)[1])[components]
+        return np.ascontiguousarray((parameters.mean[components] + drawn).T)
+
+    def n_parameters(self, n_fields: int, n_components: int) -> int:  # noqa: D102
+        of_covariance = {
+            "full": n_components * n_fields * (n_fields + 1) // 2,
+            "tied": n_fields * (n_fields + 1) // 2,
+            "diag": n_components * n_fields,
+            "spherical": n_components,
+        }
+        return n_components * n_fields + of_covariance[self.covariance_type]
+
+    def marginal(self, parameters: GaussianParameters, keep: npt.NDArray[np.intp]) -> GaussianParameters:
+        """Return the parameters over the fields at the positions `keep`."""
+        if self._is_joint:
+            return _marginal_joint(parameters, keep)
+        covariance = parameters.covariance if self.covariance_type == "spherical" else parameters.covariance[:, keep]
+        return GaussianParameters(parameters.mean[:, keep], covariance)
+
+    def conditional(
+        self, parameters: GaussianParameters, given: npt.NDArray[np.intp], values: Array
+    ) -> GaussianParameters:
+        """Return the parameters over the other fields, given `values` of the fields at the positions `given`."""
+        rest = np.setdiff1d(np.arange(parameters.mean.shape[1]), given)
+        if not self._is_joint:
+            return self.marginal(parameters, rest)
+        observed = _marginal_joint(parameters, given)
+        cross = parameters.covariance[..., rest[:, None], given]
+        regression = np.matmul(cross, observed.precision)
+        deviation = values - observed.mean
+        mean = parameters.mean[:, rest] + np.einsum("...ij,kj->ki" if regression.ndim == 2 else "kij,kj->ki", regression, deviation)
+        covariance = parameters.covariance[..., rest[:, None], rest] - np.matmul(regression, cross.swapaxes(-1, -2))
+        return GaussianParameters(mean, covariance)
+
+    def grow(  # noqa: D102
+        self, parts: Parts, old: tuple[Field, ...], new: tuple[Field, ...], pooled: GaussianParameters
+    ) -> Parts:
+        added = len(new) - len(old)
+        moments = parts["moments"]
+        assert isinstance(moments, Moments)
+        if added == 0:
+            return parts
+        n_components = len(moments.mean)
+        fresh_mean, fresh_variance = (one[:, len(old) :] for one in self.moments(pooled))
+        mean = np.concatenate([moments.mean, fresh_mean], axis=1)
+        if not self._is_joint:
+            nothing = np.zeros((n_components, added))
+            return {
+                "moments": Moments(
+                    np.concatenate([moments.weight, nothing], axis=1),
+                    np.concatenate([moments.mean, nothing], axis=1),
+                    np.concatenate([moments.scatter, nothing], axis=1),
+                )
+            }
+        dimension = mean.shape[1]
+        spread = moments.weight[:, None] * fresh_variance
+        diagonal = np.arange(len(old), dimension)
+        if self.covariance_type == "tied":
+            scatter = np.zeros((dimension, dimension))
+            scatter[: len(old), : len(old)] = moments.scatter
+            scatter[diagonal, diagonal] = spread.sum(axis=0)
+        else:
+            scatter = np.zeros((n_components, dimension, dimension))
+            scatter[:, : len(old), : len(old)] = moments.scatter
+            scatter[:, diagonal, diagonal] = spread
+        return {"moments": Moments(moments.weight, mean, scatter)}
+
+    def arrays(self, parameters: GaussianParameters) -> dict[str, Array]:  # noqa: D102
+        return {"mean": parameters.mean, "covariance": parameters.covariance}
+
+    def from_arrays(self, arrays: Mapping[str, Array]) -> GaussianParameters:  # noqa: D102
+        try:
+            mean, covariance = arrays["mean"], arrays["covariance"]
+        except KeyError as error:
+            raise ValueError(f"Gaussian parameters lack the array {error}") from None
+        if mean.ndim != 2:
+            raise ValueError(f"means must be (components, fields), got shape {mean.shape}")
+        n_components, dimension = mean.shape
+        shapes = {
+            "full": (n_components, dimension, dimension),
+            "tied": (dimension, dimension),
+            "diag": (n_components, dimension),
+            "spherical": (n_components,),
+        }
+        if covariance.shape != shapes[self.covariance_type]:
+            raise ValueError(
+                f"{self.covariance_type} covariances must have shape {shapes[self.covariance_type]}, "
+                f"got {covariance.shape}"
+            )
+        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+            raise ValueError("Gaussian parameters must be finite")
+        if self._is_joint:
+            scale = np.sqrt(np.abs(np.diagonal(covariance, axis1=-2, axis2=-1)))
+            asymmetry = np.abs(covariance - covariance.swapaxes(-1, -2))
+            if not (asymmetry <= 1e-9 * scale[..., :, None] * scale[..., None, :]).all():
+                raise ValueError("covariances must be symmetric")
+            try:
+                np.linalg.cholesky(covariance)
+            except np.linalg.LinAlgError:
+                raise ValueError("covariances must be positive definite") from None
+        elif not (covariance > 0.0).all():
+            raise ValueError("variances must be positive")
+        return GaussianParameters(mean, covariance)

@@ -1,0 +1,245 @@
+"""Product of families: each field, or group of fields, has a family of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from stream_em.families.base import Block, Family, FamilyError, Mask, Parts
+from stream_em.numerics import Array
+from stream_em.schema import KINDS, Field
+
+Rows = slice | npt.NDArray[np.intp]
+
+
+@dataclass(frozen=True)
+class _Factor:
+    """One family of a product, with the rows of the block that are its fields.
+
+    Its statistics are filed under its number, since field names may hold any character.
+    """
+
+    name: str
+    family: Family
+    fields: tuple[Field, ...]
+    positions: npt.NDArray[np.intp]
+
+    @property
+    def rows(self) -> Rows:
+        """The positions, as a slice where they are contiguous, so that no row is copied."""
+        first, last = int(self.positions[0]), int(self.positions[-1])
+        if np.array_equal(self.positions, np.arange(first, last + 1)):
+            return slice(first, last + 1)
+        return self.positions
+
+
+class _ProductBlock(Block):
+    """The features of the factors, one after the other."""
+
+    def __init__(self, factors: tuple[_Factor, ...], parameters: tuple[Any, ...], observed: Mask | None) -> None:
+        self.factors = [
+            (
+                factor.name,
+                factor.rows,
+                factor.family.block(of_factor, None if observed is None else observed[factor.positions]),
+            )
+            for factor, of_factor in zip(factors, parameters)
+        ]
+        self.bounds = np.cumsum([0, *(block.n_features for _, _, block in self.factors)])
+        self.n_features = int(self.bounds[-1])
+
+    def _spans(self) -> Any:
+        return (
+            (name, rows, block, slice(start, stop))
+            for (name, rows, block), start, stop in zip(self.factors, self.bounds[:-1], self.bounds[1:])
+        )
+
+    def natural(self, centers: Array) -> tuple[Array, Array]:
+        theta = np.empty((len(centers), self.n_features))
+        constants = np.zeros(len(centers))
+        for _, rows, block, span in self._spans():
+            theta[:, span], constant = block.natural(centers[:, rows])
+            constants += constant
+        return theta, constants
+
+    def unstable(self, center: Array) -> npt.NDArray[np.intp]:
+        return np.unique(np.concatenate([block.unstable(center[rows]) for _, rows, block in self.factors]))
+
+    def write_features(self, shifted: Array, observed: Mask | None, out: Array) -> None:
+        for _, rows, block, span in self._spans():
+            block.write_features(shifted[rows], None if observed is None else observed[rows], out[span])
+
+    def base_measure(self, values: Array, observed: Mask | None) -> Array | None:
+        total: Array | None = None
+        for _, rows, block in self.factors:
+            measure = block.base_measure(values[rows], None if observed is None else observed[rows])
+            if measure is not None:
+                total = measure if total is None else total + measure
+        return total
+
+    def collect(self, sums: Array, weight: Array, centers: Array) -> Parts:
+        return {
+            f"{name}/{part_name}": part
+            for name, rows, block, span in self._spans()
+            for part_name, part in block.collect(sums[:, span], weight, centers[:, rows]).items()
+        }
+
+    def recentered(self, sums: Array, weight: Array, centers: Array) -> Array | None:
+        changed: Array | None = None
+        for _, rows, block, span in self._spans():
+            better = block.recentered(sums[:, span], weight, centers[:, rows])
+            if better is not None:
+                changed = centers.copy() if changed is None else changed
+                changed[:, rows] = better
+        return changed
+
+
+@dataclass(frozen=True)
+class Product(Family):
+    """Families for fields that are independent of each other within a component.
+
+    Parameters
+    ----------
+    families
+        Mapping of a field name, or a tuple of names that share one family, to the family.
+    factors
+        The families with their fields; `bind` sets it from the schema.
+
+    Raises
+    ------
+    FamilyError
+        When there is no family, a field has two, or one is itself a product.
+
+    >>> from stream_em.families import Categorical, Gaussian
+    >>> product = Product({("x", "y"): Gaussian(), "country": Categorical()})
+    >>> product.names
+    ('x', 'y', 'country')
+
+    """
+
+    families: Mapping[str | tuple[str, ...], Family]
+    factors: tuple[_Factor, ...] = field(default=(), repr=False, compare=False)
+
+    kinds: ClassVar[frozenset[str]] = frozenset(KINDS)
+
+    def __post_init__(self) -> None:
+        if not self.families:
+            raise FamilyError("a product needs at least one family")
+        for key, family in self.families.items():
+            if isinstance(family, Product):
+                raise FamilyError(f"the family of {key!r} is itself a product; list its fields directly")
+            if not isinstance(family, Family):
+                raise FamilyError(f"the family of {key!r} is {family!r}, which is no family")
+        if len(set(self.names)) != len(self.names):
+            raise FamilyError("a field has more than one family: " + ", ".join(map(repr, self.names)))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all the fields, in the order of the families."""
+        return tuple(name for key in self.families for name in _names(key))
+
+    def bind(self, fields: tuple[Field, ...]) -> Self:  # noqa: D102
+        by_name = {one.name: (position, one) for position, one in enumerate(fields)}
+        if missing := [name for name in self.names if name not in by_name]:
+            raise FamilyError(f"the product has families for {missing}, which are no fields: {sorted(by_name)}")
+        if left := [name for name in by_name if name not in set(self.names)]:
+            raise FamilyError(f"the product has no family for the fields {left}")
+        factors = []
+        for index, (key, family) in enumerate(self.families.items()):
+            chosen = [by_name[name] for name in _names(key)]
+            of_factor = tuple(one for _, one in chosen)
+            positions = np.array([position for position, _ in chosen], dtype=np.intp)
+            factors.append(_Factor(str(index), family.bind(of_factor), of_factor, positions))
+        return replace(self, factors=tuple(factors))
+
+    def _mask(self, verb: str, n_fields: int) -> Mask:
+        mask = np.zeros(n_fields, dtype=bool)
+        for factor in self.factors:
+            mask[factor.positions] = getattr(factor.family, verb)(len(factor.positions))
+        return mask
+
+    def joint_fields(self, n_fields: int) -> Mask:  # noqa: D102
+        return self._mask("joint_fields", n_fields)
+
+    def location_fields(self, n_fields: int) -> Mask:  # noqa: D102
+        return self._mask("location_fields", n_fields)
+
+    def block(self, parameters: tuple[Any, ...], observed: Mask | None) -> Block:  # noqa: D102
+        return _ProductBlock(self.factors, parameters, observed)
+
+    def pooled(self, values: Array, weight: Array, n_components: int) -> tuple[Any, ...]:  # noqa: D102
+        return tuple(factor.family.pooled(values[factor.rows], weight, n_components) for factor in self.factors)
+
+    def prior(self, parts: Parts, prior_weight: float) -> Parts:  # noqa: D102
+        return {
+            f"{factor.name}/{name}": part
+            for factor in self.factors
+            for name, part in factor.family.prior(_parts_of(parts, factor), prior_weight).items()
+        }
+
+    def maximize(self, parts: Parts) -> tuple[Any, ...]:  # noqa: D102
+        return tuple(factor.family.maximize(_parts_of(parts, factor)) for factor in self.factors)
+
+    def log_prior(self, parameters: tuple[Any, ...], prior: Parts) -> float:  # noqa: D102
+        return sum(
+            factor.family.log_prior(of_factor, _parts_of(prior, factor))
+            for factor, of_factor in zip(self.factors, parameters)
+        )
+
+    def moments(self, parameters: tuple[Any, ...]) -> tuple[Array, Array]:  # noqa: D102
+        pairs = [factor.family.moments(of_factor) for factor, of_factor in zip(self.factors, parameters)]
+        shape = (len(pairs[0][0]), sum(len(factor.positions) for factor in self.factors))
+        mean, variance = np.empty(shape), np.empty(shape)
+        for factor, (of_mean, of_variance) in zip(self.factors, pairs):
+            mean[:, factor.positions], variance[:, factor.positions] = of_mean, of_variance
+        return mean, variance
+
+    def sample(  # noqa: D102
+        self, parameters: tuple[Any, ...], components: npt.NDArray[np.intp], generator: np.random.Generator
+    ) -> Array:
+        values = np.empty((sum(len(factor.positions) for factor in self.factors), len(components)))
+        for factor, of_factor in zip(self.factors, parameters):
+            values[factor.positions] = factor.family.sample(of_factor, components, generator)
+        return values
+
+    def n_parameters(self, n_fields: int, n_components: int) -> int:  # noqa: D102
+        return sum(factor.family.n_parameters(len(factor.positions), n_components) for factor in self.factors)
+
+    def grow(  # noqa: D102
+        self, parts: Parts, old: tuple[Field, ...], new: tuple[Field, ...], pooled: tuple[Any, ...]
+    ) -> Parts:
+        if len(new) > len(old):
+            raise FamilyError(
+                f"a product cannot take the new fields {[one.name for one in new[len(old):]]}: it names the family "
+                'of each field; make the schema with unknown="ignore"'
+            )
+        grown: dict[str, Any] = {}
+        for factor, of_factor in zip(self.factors, pooled):
+            old_fields = tuple(old[position] for position in factor.positions)
+            new_fields = tuple(new[position] for position in factor.positions)
+            of_parts = factor.family.grow(_parts_of(parts, factor), old_fields, new_fields, of_factor)
+            grown.update({f"{factor.name}/{name}": part for name, part in of_parts.items()})
+        return grown
+
+    def arrays(self, parameters: tuple[Any, ...]) -> dict[str, Array]:  # noqa: D102
+        return {
+            f"{factor.name}/{name}": array
+            for factor, of_factor in zip(self.factors, parameters)
+            for name, array in factor.family.arrays(of_factor).items()
+        }
+
+    def from_arrays(self, arrays: Mapping[str, Array]) -> tuple[Any, ...]:  # noqa: D102
+        return tuple(factor.family.from_arrays(_parts_of(arrays, factor)) for factor in self.factors)
+
+
+def _names(key: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (key,) if isinstance(key, str) else key
+
+
+def _parts_of(parts: Mapping[str, Any], factor: _Factor) -> dict[str, Any]:
+    prefix = factor.name + "/"
+    return {name[len(prefix) :]: part for name, part in parts.items() if name.startswith(prefix)}

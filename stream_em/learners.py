@@ -1,0 +1,930 @@
+"""Learners: state plus an update rule. The only stateful objects."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from stream_em.describe import ComponentDescription, describe
+from stream_em.families import Gaussian, Product
+from stream_em.models import Mixture, MixtureParameters
+from stream_em.models.mixture import Posterior
+from stream_em.numerics import Array
+from stream_em.schedules import HalfLife, RobbinsMonro, Schedule, StepSize
+from stream_em.schema import Batch, Schema, SchemaError
+from stream_em.seeding import Reservoir, concatenate, seed as seed_parameters
+from stream_em.statistics import MergeError, Statistics
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Events = Any
+"""A dict, a list of dicts, an array (n, D), a frame (Arrow, pandas, polars) or an encoded `Batch`."""
+
+
+class NotFittedError(ValueError):
+    """Raised when something is asked of a learner that has not seen any event."""
+
+
+class Prediction(NamedTuple):
+    """What a model says of each event.
+
+    Parameters
+    ----------
+    log_prob
+        (n,) log-density; its negative is an anomaly score.
+    component
+        (n,) stable id of the most responsible component.
+    responsibilities
+        (n, K) probability of each component.
+
+    """
+
+    log_prob: Array
+    component: npt.NDArray[np.int64]
+    responsibilities: Array
+
+
+class FittedMixture:
+    """A mixture at fixed parameters: scores, soft clusters, samples and sub-models.
+
+    Parameters
+    ----------
+    model
+        The mixture.
+    parameters
+        Its parameters.
+    schema
+        The fields they are for.
+
+    >>> from stream_em import BatchEM
+    >>> events = np.repeat([[0.0, 1.0], [0.2, 0.8], [9.0, 5.0], [9.3, 5.1]], 5, axis=0)
+    >>> fitted = BatchEM(Mixture(Gaussian("diag"), 2), seed=0).fit(events)
+    >>> fitted.marginal(["x1"]).predict(np.array([[1.0], [5.0]])).tolist() == fitted.predict(events[[0, 10]]).tolist()
+    True
+
+    """
+
+    def __init__(self, model: Mixture, parameters: MixtureParameters, schema: Schema) -> None:
+        self.model = model
+        self._schema: Schema | None = schema
+        self._bound: Mixture | None = model.bind(schema)
+        self._parameters: MixtureParameters | None = parameters
+
+    @property
+    def schema(self) -> Schema | None:
+        """The fields, or None before any event was seen."""
+        return self._schema
+
+    @property
+    def parameters(self) -> MixtureParameters:
+        """The current parameters.
+
+        Raises
+        ------
+        NotFittedError
+            Before any event was seen.
+
+        """
+        if self._parameters is None:
+            raise NotFittedError(f"this {type(self).__name__} has no parameters yet: it has seen no event")
+        return self._parameters
+
+    def encode(
+        self,
+        events: Events,
+        weight: npt.ArrayLike | None = None,
+        time: npt.ArrayLike | None = None,
+        *,
+        on_error: Literal["raise", "collect"] = "raise",
+        extend: bool = False,
+    ) -> Batch:
+        """Return events as a `Batch`, see `Schema.encode`; nothing is learned."""
+        return self._known_schema().encode(events, weight, time, on_error=on_error, extend=extend)
+
+    def _known_schema(self) -> Schema:
+        if self._schema is None:
+            raise NotFittedError(f"this {type(self).__name__} knows no fields yet: it has seen no event")
+        return self._schema
+
+    def _bound_model(self) -> Mixture:
+        if self._bound is None:
+            raise NotFittedError(f"this {type(self).__name__} knows no fields yet: it has seen no event")
+        return self._bound
+
+    def _posterior(self, batch: Batch) -> Posterior:
+        if self._schema is not None and batch.schema is not self._schema:
+            batch = _restricted(batch, self._schema)
+        return self._bound_model()._posterior(self.parameters, batch)
+
+    def score_events(self, events: Events) -> Prediction:
+        """Return log-density, component and responsibilities of each event; nothing is learned."""
+        return _as_prediction(self._posterior(self.encode(events)), self.parameters.component_ids)
+
+    def log_prob(self, events: Events) -> Array:
+        """Return log p(event) (n,)."""
+        return self._posterior(self.encode(events)).log_prob
+
+    def responsibilities(self, events: Events) -> Array:
+        """Return the probability (n, K) of each component given each event."""
+        return self._posterior(self.encode(events)).responsibilities.T
+
+    def predict(self, events: Events) -> npt.NDArray[np.int64]:
+        """Return the id (n,) of the most responsible component of each event."""
+        return self.score_events(events).component
+
+    def sample(self, n_events: int, *, seed: int | None = None) -> tuple[pa.Table, npt.NDArray[np.int64]]:
+        """Draw events from the model; return them as a table, with the id (n,) of each one's component."""
+        values, components = self._bound_model().sample(self.parameters, n_events, np.random.default_rng(seed))
+        return self._known_schema().decode(values), components
+
+    def n_parameters(self) -> int:
+        """Return the number of free parameters."""
+        return self.model.n_parameters(self._known_schema())
+
+    def bic(self, events: Events) -> float:
+        """Return the Bayesian information criterion on these events; lower is better (Schwarz 1978)."""
+        log_prob = self.log_prob(events)
+        return -2.0 * float(log_prob.sum()) + self.n_parameters() * math.log(len(log_prob))
+
+    def aic(self, events: Events) -> float:
+        """Return Akaike's information criterion on these events; lower is better (Akaike 1974)."""
+        return -2.0 * float(self.log_prob(events).sum()) + 2.0 * self.n_parameters()
+
+    def marginal(self, names: Sequence[str]) -> FittedMixture:
+        """Return the mixture over some of the fields (Gaussian families)."""
+        schema = self._known_schema()
+        keep = np.array([schema.position(name) for name in names], dtype=np.intp)
+        kept = Schema([schema.fields[position] for position in keep], unknown=schema.unknown)
+        return FittedMixture(self.model, self._bound_model().marginal(self.parameters, keep), kept)
+
+    def conditional(self, given: Mapping[str, float]) -> FittedMixture:
+        """Return the mixture over the other fields given values of some (Gaussian families).
+
+        Raises
+        ------
+        SchemaError
+            When a field is unknown, or no field is left.
+
+        """
+        schema = self._known_schema()
+        known = sorted((schema.position(name), float(value)) for name, value in given.items())
+        if len(known) == len(schema):
+            raise SchemaError("all fields are given: none is left for the conditional distribution")
+        positions = np.array([position for position, _ in known], dtype=np.intp)
+        rest = [one for position, one in enumerate(schema.fields) if position not in set(positions.tolist())]
+        values = np.array([value for _, value in known])
+        parameters = self._bound_model().conditional(self.parameters, positions, values)
+        return FittedMixture(self.model, parameters, Schema(rest, unknown=schema.unknown))
+
+    @property
+    def effective_components(self) -> float:
+        """Exponential of the entropy of the weights: K when all weigh the same, 1 when one has it all."""
+        weights = self.parameters.weights
+        return float(np.exp(-(weights * np.log(np.maximum(weights, 1e-300))).sum()))
+
+    def describe(self) -> list[ComponentDescription]:
+        """Return the components by falling weight, with the fields that set each apart."""
+        return describe(self._bound_model().family, self.parameters, self._known_schema())
+
+    def marginals(self) -> tuple[Array, Array]:
+        """Return mean and standard deviation (K, D) of each field in each component, in the fields' coding."""
+        mean, variance = self._bound_model().family.moments(self.parameters.components)
+        return mean, np.sqrt(variance)
+
+    def pair_covariance(self, first: int, second: int) -> Array:
+        """Return the covariances (K, 2, 2) of the fields at two positions; 0 between independent fields."""
+        family = self._bound_model().family
+        variance = family.moments(self.parameters.components)[1]
+        pair = np.zeros((len(variance), 2, 2))
+        pair[:, 0, 0], pair[:, 1, 1] = variance[:, first], variance[:, second]
+        factors = [(family, self.parameters.components, np.arange(variance.shape[1]))]
+        if isinstance(family, Product):
+            factors = [
+                (factor.family, of_factor, factor.positions)
+                for factor, of_factor in zip(family.factors, self.parameters.components)
+            ]
+        for of_pair, of_factor, positions in factors:
+            if isinstance(of_pair, Gaussian) and first in positions and second in positions:
+                row, column = (int(np.flatnonzero(positions == one)[0]) for one in (first, second))
+                pair[:, 0, 1] = pair[:, 1, 0] = of_pair.covariances(of_factor)[:, row, column]
+        return pair
+
+
+class OnlineEM(FittedMixture):
+    """Online (stepwise) EM, Cappé & Moulines (2009).
+
+    Events are taken in mini-batches; each is scored, its expected statistics are merged into the
+    discounted state, and the M-step follows. Until `warm_up` events have come they are kept aside; then
+    whitened k-means++ and a few batch iterations over them give the first parameters. Predictions are
+    defined from the start: before any event log p is 0, during the warm-up it is that of a single
+    component fitted to what was seen, and all components are equally responsible.
+
+    Parameters
+    ----------
+    model
+        The mixture.
+    schedule
+        `RobbinsMonro`, `Harmonic`, `Constant` or, to forget with event time, `HalfLife`.
+    schema
+        Fields of the events; inferred from the first events when None.
+    unknown
+        What an inferred schema does with fields never seen before: "refuse", "ignore" or "add".
+    batch_size
+        Events in a mini-batch, which is the unit of the schedule's steps. A larger update is taken in
+        pieces of this size; a smaller one counts as a fraction of a step.
+    warm_up
+        Events seen before the first parameters; by default 20 for each component, at least 200.
+    initial_parameters
+        Start from these and skip the warm-up; needs `schema`.
+    first_m_step
+        With `initial_parameters`: events whose statistics are gathered before the first M-step.
+    averaging
+        Whether `parameters` is the running average (Polyak & Ruppert) over the second half of the
+        updates or more, never less than the last half and never more than the last three quarters of
+        them. E-steps go on from the last iterate.
+    seed
+        Seed of the warm-up's random choices.
+
+    Raises
+    ------
+    ValueError
+        When a number is out of range, or `initial_parameters` come without `schema`.
+
+    Attributes
+    ----------
+    n_events
+        Events learned.
+    statistics
+        The discounted expected sufficient statistics, or None during the warm-up.
+    ignored_fields
+        Names of unknown fields that were ignored, with the number of events that held them.
+
+    >>> generator = np.random.default_rng(0)
+    >>> events = generator.normal(size=(2_000, 2)) + 8.0 * generator.integers(2, size=(2_000, 1))
+    >>> learner = OnlineEM(Mixture(Gaussian(), n_components=2), seed=0).update(events)
+    >>> np.abs(np.sort(learner.parameters.components.mean[:, 0])).round()
+    array([0., 8.])
+    >>> learner.n_events, learner.warming_up
+    (2000, False)
+
+    """
+
+    def __init__(
+        self,
+        model: Mixture,
+        *,
+        schedule: Schedule | None = None,
+        schema: Schema | None = None,
+        unknown: Literal["refuse", "ignore", "add"] = "refuse",
+        batch_size: int = 1000,
+        warm_up: int | None = None,
+        initial_parameters: MixtureParameters | None = None,
+        first_m_step: int = 20,
+        averaging: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1 event, got {batch_size!r}")
+        if warm_up is not None and warm_up < 1:
+            raise ValueError(f"warm_up must be at least 1 event, got {warm_up!r}")
+        if first_m_step < 1:
+            raise ValueError(f"first_m_step must be at least 1 event, got {first_m_step!r}")
+        if initial_parameters is not None and schema is None:
+            raise ValueError("initial_parameters need the schema they are for")
+        self.model = model
+        self.schedule: Schedule = RobbinsMonro() if schedule is None else schedule
+        self.unknown: Literal["refuse", "ignore", "add"] = unknown
+        self.batch_size = batch_size
+        self.warm_up = max(200, 20 * model.n_components) if warm_up is None else warm_up
+        self.first_m_step = first_m_step
+        self.averaging = averaging
+        self.seed = seed
+        self.n_events = 0
+        self.ignored_fields: Counter[str] = Counter()
+        self.statistics: Statistics | None = None
+        self.origin = ""
+        self._schema = schema
+        self._bound = None if schema is None else model.bind(schema)
+        self._parameters = initial_parameters
+        self._iterate = initial_parameters
+        self._average = _Average()
+        self._buffer: list[Batch] = []
+        self._total_weight = 0.0
+        self._n_updates = 0
+        if initial_parameters is not None:
+            self.origin = _origin(initial_parameters)
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether the first parameters are still to come."""
+        return self._iterate is None
+
+    @property
+    def parameters(self) -> MixtureParameters:
+        """The current parameters; during the warm-up those of identical components fitted to what was seen.
+
+        Raises
+        ------
+        NotFittedError
+            Before any event was seen.
+
+        """
+        if self._parameters is None and self._buffer:
+            seen = concatenate(self._buffer)
+            self._buffer = [seen]
+            self._parameters = self._bound_model().pooled(seen)
+        return super().parameters
+
+    def encode(  # noqa: D102 - inherited
+        self,
+        events: Events,
+        weight: npt.ArrayLike | None = None,
+        time: npt.ArrayLike | None = None,
+        *,
+        on_error: Literal["raise", "collect"] = "raise",
+        extend: bool = False,
+    ) -> Batch:
+        if isinstance(events, Batch) and weight is None and time is None:
+            return events
+        schema = Schema.infer(events, unknown=self.unknown) if self._schema is None else self._schema
+        return schema.encode(events, weight, time, on_error=on_error, extend=extend)
+
+    def update(self, events: Events, weight: npt.ArrayLike | None = None, time: npt.ArrayLike | None = None) -> Self:
+        """Learn from any number of events; return the learner.
+
+        Parameters
+        ----------
+        events
+            A dict, a list of dicts, an array (n, D), a frame, or an encoded `Batch`.
+        weight
+            Sample weights (n,), finite and >= 0.
+        time
+            Event times (n,); needed by `HalfLife`, in its units.
+
+        Raises
+        ------
+        EventError, SchemaError
+            When an event or the frame cannot be used; the learner is then exactly as before.
+
+        """
+        self._learn(self.encode(events, weight, time, extend=True), None)
+        return self
+
+    def predict_then_update(
+        self, events: Events, weight: npt.ArrayLike | None = None, time: npt.ArrayLike | None = None
+    ) -> Prediction:
+        """Score each event with what was known before its mini-batch, then learn from it: one E-step for both.
+
+        Raises
+        ------
+        EventError, SchemaError
+            As `update`.
+
+        """
+        batch = self.encode(events, weight, time, extend=True)
+        predictions: list[Prediction] = []
+        self._learn(batch, predictions)
+        if len(predictions) == 1:
+            return predictions[0]
+        if not predictions:
+            n_components = self.model.n_components
+            return Prediction(np.empty(0), np.empty(0, dtype=np.int64), np.empty((0, n_components)))
+        return Prediction(*(np.concatenate(columns) for columns in zip(*predictions)))
+
+    def _posterior(self, batch: Batch) -> Posterior:
+        if self._iterate is None:
+            return self._warm_up_posterior(batch)
+        return super()._posterior(batch)
+
+    def score_events(self, events: Events) -> Prediction:  # noqa: D102 - inherited
+        batch = self.encode(events)
+        ids = np.arange(self.model.n_components) if self.n_events == 0 else self.parameters.component_ids
+        return _as_prediction(self._posterior(batch), ids)
+
+    def _warm_up_posterior(self, batch: Batch) -> Posterior:
+        n_components = self.model.n_components
+        log_prob = np.zeros(batch.n_events)
+        if self._buffer:
+            known = self._known_schema()
+            batch = batch if batch.schema is known else _restricted(batch, known)
+            log_prob = self._bound_model()._posterior(self.parameters, batch).log_prob
+        return Posterior(log_prob, np.full((n_components, batch.n_events), 1.0 / n_components))
+
+    def _learn(self, batch: Batch, predictions: list[Prediction] | None) -> None:
+        bound = self._accept(batch)
+        self.ignored_fields.update(batch.ignored_fields)
+        start = 0
+        while start < batch.n_events:
+            room = self.warm_up - sum(one.n_events for one in self._buffer) if self.warming_up else self.batch_size
+            stop = min(start + min(room, self.batch_size), batch.n_events)
+            piece = batch if stop - start == batch.n_events else batch.select(slice(start, stop))
+            if self.warming_up:
+                self._keep_aside(piece, predictions)
+            else:
+                self._step(bound, piece, predictions)
+            start = stop
+
+    def _accept(self, batch: Batch) -> Mixture:
+        """Check that the batch can be learned, grow to its schema, and return the bound model."""
+        if isinstance(self.schedule, HalfLife) and batch.time is None:
+            raise SchemaError("the schedule HalfLife needs the time of the events: update(events, time=...)")
+        if batch.schema is self._schema:
+            return self._bound_model()
+        known = self._schema
+        if known is not None and batch.schema.fields == known.fields:
+            return self._bound_model()
+        if known is not None and batch.schema.names[: len(known)] != known.names:
+            raise SchemaError(f"the batch has other fields than the learner: {batch.schema!r} instead of {known!r}")
+        bound = self.model.bind(batch.schema)
+        statistics, iterate = self.statistics, self._iterate
+        if statistics is not None and known is not None:
+            statistics = self.model.grow(statistics, known, batch.schema, batch)
+            iterate = bound.m_step(statistics)
+        elif iterate is not None:
+            raise SchemaError("new fields or categories came before the first M-step after initial_parameters")
+        self._schema, self._bound, self.statistics, self._iterate = batch.schema, bound, statistics, iterate
+        self._parameters = iterate
+        self._average = _Average()
+        return bound
+
+    def _keep_aside(self, piece: Batch, predictions: list[Prediction] | None) -> None:
+        if predictions is not None:
+            ids = np.arange(self.model.n_components, dtype=np.int64)
+            predictions.append(_as_prediction(self._warm_up_posterior(piece), ids))
+        # The events belong to the caller, who may reuse their memory.
+        self._buffer.append(concatenate([piece]))
+        self._parameters = None
+        self.n_events += piece.n_events
+        self._total_weight += piece.total_weight
+        if sum(one.n_events for one in self._buffer) >= self.warm_up:
+            self.finish_warm_up()
+
+    def finish_warm_up(self) -> None:
+        """Take the first parameters from the events seen so far; does nothing when they are already there.
+
+        Raises
+        ------
+        NotFittedError
+            Before any event was seen.
+
+        """
+        if not self.warming_up:
+            return
+        if not self._buffer:
+            raise NotFittedError("the warm-up cannot end before any event was seen")
+        bound = self._bound_model()
+        seen = concatenate(self._buffer)
+        start = seed_parameters(self.model, seen, np.random.default_rng(self.seed))
+        self.statistics = self._expected(bound, start, seen, None)
+        self._iterate = bound.m_step(self.statistics)
+        self._parameters = self._iterate
+        self.origin = _origin(start)
+        self._buffer = []
+
+    def _expected(
+        self, bound: Mixture, parameters: MixtureParameters, piece: Batch, predictions: list[Prediction] | None
+    ) -> Statistics:
+        """E-step on a piece, its statistics expressed at its newest event time under `HalfLife`."""
+        half_life = self.schedule.half_life if isinstance(self.schedule, HalfLife) else None
+        newest = None
+        if half_life is not None:
+            assert piece.time is not None
+            newest = float(np.max(piece.time))
+            discount = np.exp2((piece.time - newest) / half_life)
+            piece = replace(piece, weight=discount if piece.weight is None else piece.weight * discount)
+        statistics, posterior = bound._expect(parameters, piece, keep=predictions is not None)
+        if predictions is not None and posterior is not None:
+            predictions.append(_as_prediction(posterior, parameters.component_ids))
+        return statistics if half_life is None else replace(statistics, half_life=half_life, time=newest)
+
+    def _step(self, bound: Mixture, piece: Batch, predictions: list[Prediction] | None) -> None:
+        assert self._iterate is not None
+        new = self._expected(bound, self._iterate, piece, predictions)
+        weight = piece.total_weight
+        self.n_events += piece.n_events
+        self._total_weight += weight
+        if self.statistics is None:
+            self.statistics = new
+        else:
+            state = self.statistics
+            if isinstance(self.schedule, StepSize):
+                step = self.n_events / self.batch_size
+                retention = self.schedule.retention(step, self._total_weight, weight, state.total_weight)
+                state = state if retention == 1.0 else state.scale(retention)
+            self.statistics = state.merge(new)
+        if self.n_events < self.first_m_step:
+            return
+        self._iterate = bound.m_step(self.statistics)
+        self._n_updates += 1
+        if self.averaging:
+            self._average = self._average.include(self._iterate, self._n_updates)
+        self._parameters = self._average.value if self.averaging else self._iterate
+
+    def merge(self, other: OnlineEM) -> OnlineEM:
+        """Return a learner that has learned what both have; neither is changed.
+
+        Raises
+        ------
+        MergeError
+            When the two do not descend from the same start, or are still warming up.
+
+        """
+        _check_mergeable(self, other)
+        if self.statistics is None or other.statistics is None:
+            raise MergeError("a learner that is still warming up cannot be merged; give it more events first")
+        if self.schedule != other.schedule:
+            raise MergeError(f"schedules differ: {self.schedule} and {other.schedule}")
+        merged = OnlineEM(
+            self.model,
+            schedule=self.schedule,
+            schema=self._schema,
+            unknown=self.unknown,
+            batch_size=self.batch_size,
+            warm_up=self.warm_up,
+            first_m_step=self.first_m_step,
+            averaging=self.averaging,
+            seed=self.seed,
+        )
+        merged.statistics = self.statistics.merge(other.statistics)
+        merged.n_events = self.n_events + other.n_events
+        merged.ignored_fields = self.ignored_fields + other.ignored_fields
+        merged.origin = self.origin
+        merged._total_weight = self._total_weight + other._total_weight
+        merged._n_updates = self._n_updates + other._n_updates
+        merged._iterate = merged._parameters = self._bound_model().m_step(merged.statistics)
+        return merged
+
+    def fork(self) -> OnlineEM:
+        """Return a learner with these parameters that has learned nothing yet, for another share of the events.
+
+        Forks of one learner can be merged with each other and with it.
+        """
+        return OnlineEM(
+            self.model,
+            schedule=self.schedule,
+            schema=self._known_schema(),
+            unknown=self.unknown,
+            batch_size=self.batch_size,
+            warm_up=self.warm_up,
+            initial_parameters=self.parameters,
+            first_m_step=self.first_m_step,
+            averaging=self.averaging,
+            seed=self.seed,
+        )._descending_from(self.origin)
+
+    def _descending_from(self, origin: str) -> Self:
+        self.origin = origin
+        return self
+
+
+class BatchEM(FittedMixture):
+    """Batch EM (Dempster, Laird & Rubin 1977), in memory or over batches that can be read again.
+
+    Parameters
+    ----------
+    model
+        The mixture.
+    schema
+        Fields of the events; inferred from the first events when None.
+    max_iter
+        Most EM iterations, >= 1.
+    tol
+        Converged when the mean log-posterior gains less than this in an iteration, >= 0.
+    n_init
+        Number of starts; the one with the highest log-posterior is kept.
+    initial_parameters
+        Start from these instead of seeding; needs `schema`.
+    seed_events
+        Size of the reservoir from which starts are seeded when batches are read.
+    n_threads
+        Threads that share the blocks of a large batch.
+    progress
+        Whether to show a progress bar.
+    seed
+        Seed of the random choices.
+
+    Raises
+    ------
+    ValueError
+        When a number is out of range, or `initial_parameters` come without `schema`.
+
+    Attributes
+    ----------
+    history
+        Mean log-posterior of each iteration of the kept start, up to a constant.
+    converged
+        Whether the kept start converged before `max_iter`.
+    statistics
+        Expected sufficient statistics of the last E-step.
+    n_events
+        Events fitted.
+
+    >>> events = np.repeat([[0.0], [0.2], [5.0], [5.2]], 10, axis=0)
+    >>> fitted = BatchEM(Mixture(Gaussian(), n_components=2), seed=0).fit(events)
+    >>> np.sort(fitted.parameters.components.mean.ravel()).round(2), fitted.converged
+    (array([0.1, 5.1]), True)
+
+    """
+
+    def __init__(
+        self,
+        model: Mixture,
+        *,
+        schema: Schema | None = None,
+        max_iter: int = 100,
+        tol: float = 1e-3,
+        n_init: int = 1,
+        initial_parameters: MixtureParameters | None = None,
+        seed_events: int = 10_000,
+        n_threads: int = 1,
+        progress: bool = False,
+        seed: int = 0,
+    ) -> None:
+        for name, value in (
+            ("max_iter", max_iter),
+            ("n_init", n_init),
+            ("seed_events", seed_events),
+            ("n_threads", n_threads),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value!r}")
+        if not tol >= 0.0:
+            raise ValueError(f"tol must be >= 0, got {tol!r}")
+        if initial_parameters is not None and schema is None:
+            raise ValueError("initial_parameters need the schema they are for")
+        self.model = model
+        self.max_iter = max_iter
+        self.tol = tol
+        self.n_init = n_init
+        self.seed_events = seed_events
+        self.n_threads = n_threads
+        self.progress = progress
+        self.seed = seed
+        self.history: list[float] = []
+        self.converged = False
+        self.n_events = 0
+        self.ignored_fields: Counter[str] = Counter()
+        self.statistics: Statistics | None = None
+        self.origin = ""
+        self._schema = schema
+        self._bound = None if schema is None else model.bind(schema)
+        self._parameters: MixtureParameters | None = None
+        self._initial_parameters = initial_parameters
+
+    def fit(
+        self,
+        events: Events | Iterable[Events] | Callable[[], Iterable[Events]],
+        weight: npt.ArrayLike | None = None,
+    ) -> Self:
+        """Fit the model; return the learner.
+
+        Parameters
+        ----------
+        events
+            Events in any accepted form; or an iterable of such batches that can be gone through again, or
+            a function that returns a fresh one, when they do not fit in memory.
+        weight
+            Sample weights (n,) of events in memory. Batches that are read bring their own: encode them.
+
+        Raises
+        ------
+        EventError, SchemaError
+            When an event or a frame cannot be used.
+        NotFittedError
+            When there is no event.
+
+        """
+        generator = np.random.default_rng(self.seed)
+        batches, sample = self._read(events, weight, generator)
+        bound = self.model.bind(self._known_schema())
+        best: tuple[float, MixtureParameters, Statistics, list[float], bool, str] | None = None
+        starts = 1 if self._initial_parameters is not None else self.n_init
+        with _progress(self.progress, starts * self.max_iter) as advance:
+            for _ in range(starts):
+                start = self._initial_parameters or seed_parameters(self.model, sample, generator)
+                run = self._iterate(bound, start, batches, advance)
+                if best is None or run[0] > best[0]:
+                    best = (*run, _origin(start))
+        assert best is not None
+        _, self._parameters, self.statistics, self.history, self.converged, self.origin = best
+        self._bound = bound
+        return self
+
+    def _read(
+        self, events: Any, weight: npt.ArrayLike | None, generator: np.random.Generator
+    ) -> tuple[Callable[[], Iterator[Batch]], Batch]:
+        """Go through the events once: settle the schema, and draw the sample to seed from."""
+        source = _batches_of(events)
+        if source is None:
+            schema = Schema.infer(events) if self._schema is None else self._schema
+            batch = schema.encode(events, weight, extend=True)
+            if batch.n_events == 0:
+                raise NotFittedError("there is no event to fit")
+            values = np.ascontiguousarray(batch.values)
+            whole = Batch(values, batch.schema, batch.weight)
+            self._schema, self.n_events = batch.schema, batch.n_events
+            self.ignored_fields = Counter(batch.ignored_fields)
+            return lambda: iter((whole,)), whole
+        if weight is not None:
+            raise SchemaError("sample weights of batches that are read come with each batch: encode it with its weight")
+        reservoir = Reservoir(self.seed_events, generator)
+        self.n_events, self.ignored_fields = 0, Counter()
+        for chunk in source():
+            schema = Schema.infer(chunk) if self._schema is None else self._schema
+            batch = chunk if isinstance(chunk, Batch) else schema.encode(chunk, extend=True)
+            self._schema = batch.schema
+            self.n_events += batch.n_events
+            self.ignored_fields.update(batch.ignored_fields)
+            if batch.n_events:
+                reservoir.add(batch)
+        if self.n_events == 0:
+            raise NotFittedError("there is no event to fit")
+        known = self._known_schema()
+        return lambda: (chunk if isinstance(chunk, Batch) else known.encode(chunk) for chunk in source()), reservoir.sample()
+
+    def _iterate(
+        self,
+        bound: Mixture,
+        parameters: MixtureParameters,
+        batches: Callable[[], Iterator[Batch]],
+        advance: Callable[[str], None],
+    ) -> tuple[float, MixtureParameters, Statistics, list[float], bool]:
+        history: list[float] = []
+        converged = False
+        prior = None
+        statistics: Statistics | None = None
+        for _ in range(self.max_iter):
+            statistics = None
+            for batch in batches():
+                new = bound._expect(parameters, batch, n_threads=self.n_threads)[0]
+                statistics = new if statistics is None else statistics.merge(new)
+            assert statistics is not None
+            prior = bound.prior(statistics) if prior is None else prior
+            objective = statistics.log_likelihood + bound.log_prior(parameters, prior)
+            history.append(objective / max(statistics.total_weight, 1e-300))
+            parameters = bound.m_step(statistics, prior)
+            advance(f"mean log-posterior {history[-1]:.6g}")
+            if len(history) > 1 and history[-1] - history[-2] < self.tol:
+                converged = True
+                break
+        assert statistics is not None
+        return history[-1], parameters, statistics, history, converged
+
+    def merge(self, other: BatchEM) -> BatchEM:
+        """Return a fit whose statistics are those of both, after one more M-step; neither is changed.
+
+        Raises
+        ------
+        MergeError
+            When the two do not descend from the same start.
+
+        """
+        _check_mergeable(self, other)
+        assert self.statistics is not None and other.statistics is not None
+        merged = BatchEM(self.model, schema=self._schema, max_iter=self.max_iter, tol=self.tol, seed=self.seed)
+        merged.statistics = self.statistics.merge(other.statistics)
+        merged.n_events = self.n_events + other.n_events
+        merged.ignored_fields = self.ignored_fields + other.ignored_fields
+        merged.origin = self.origin
+        merged._parameters = self._bound_model().m_step(merged.statistics)
+        return merged
+
+
+@dataclass(frozen=True)
+class _Average:
+    """Running averages of the parameters over the last half to three quarters of the updates.
+
+    How long the stream will be is not known, so averaging starts anew at each power of two and the
+    average started at the power before is the one reported.
+    """
+
+    reported: MixtureParameters | None = None
+    n_reported: int = 0
+    running: MixtureParameters | None = None
+    n_running: int = 0
+
+    @property
+    def value(self) -> MixtureParameters | None:
+        return self.reported
+
+    def include(self, parameters: MixtureParameters, update: int) -> _Average:
+        reported, n_reported, running, n_running = self.reported, self.n_reported, self.running, self.n_running
+        if update & (update - 1) == 0:
+            reported, n_reported, running, n_running = running, n_running, None, 0
+        return _Average(
+            _interpolated(reported, parameters, n_reported),
+            n_reported + 1,
+            _interpolated(running, parameters, n_running),
+            n_running + 1,
+        )
+
+
+def _interpolated(average: Any, new: Any, n_averaged: int) -> Any:
+    """Mean of `n_averaged` parameters and one more; every family's parameters form a convex set."""
+    if n_averaged == 0:
+        return new
+    if isinstance(new, np.ndarray):
+        return average + (new - average) / (n_averaged + 1) if new.dtype.kind == "f" else new
+    if isinstance(new, tuple):
+        return tuple(_interpolated(one, other, n_averaged) for one, other in zip(average, new))
+    assert is_dataclass(new)
+    return type(new)(
+        **{one.name: _interpolated(getattr(average, one.name), getattr(new, one.name), n_averaged) for one in fields(new)}
+    )
+
+
+def _as_prediction(posterior: Posterior, component_ids: npt.NDArray[np.int64]) -> Prediction:
+    responsibilities = posterior.responsibilities
+    return Prediction(posterior.log_prob, component_ids[np.argmax(responsibilities, axis=0)], responsibilities.T)
+
+
+def _restricted(batch: Batch, schema: Schema) -> Batch:
+    """Return a batch whose schema has grown beyond `schema` as the smaller schema sees it."""
+    if batch.schema.fields == schema.fields:
+        return batch
+    values = batch.values[: len(schema)].copy()
+    for row, field in zip(values, schema.fields):
+        if field.kind == "category":
+            row[row >= field.n_codes] = 0.0
+    return replace(batch, values=values, schema=schema)
+
+
+def _origin(parameters: MixtureParameters) -> str:
+    """Fingerprint of the first parameters: component ids mean the same only where this is the same."""
+    digest = hashlib.blake2b(digest_size=16)
+
+    def include(value: Any) -> None:
+        if isinstance(value, np.ndarray):
+            digest.update(np.ascontiguousarray(value).tobytes())
+        elif isinstance(value, tuple):
+            for one in value:
+                include(one)
+        else:
+            for one in fields(value):
+                include(getattr(value, one.name))
+
+    include(parameters)
+    return digest.hexdigest()
+
+
+def _check_mergeable(first: OnlineEM | BatchEM, second: OnlineEM | BatchEM) -> None:
+    if type(first) is not type(second):
+        raise MergeError(f"a {type(first).__name__} cannot be merged with a {type(second).__name__}")
+    if first.schema is None or second.schema is None or first.schema.fields != second.schema.fields:
+        raise MergeError(f"the fields differ: {first.schema!r} and {second.schema!r}")
+    if first.model != second.model:
+        raise MergeError(f"the models differ: {first.model} and {second.model}")
+    if first.origin != second.origin:
+        raise MergeError(
+            "the two states do not descend from the same start, so their components do not correspond; "
+            "fork one learner, feed each fork its share of the events, and merge those"
+        )
+
+
+def _batches_of(events: Any) -> Callable[[], Iterable[Any]] | None:
+    """Return a function that yields batches, or None when `events` are themselves in memory."""
+    if callable(events):
+        return events  # type: ignore[no-any-return]
+    if isinstance(events, Batch | np.ndarray | Mapping) or hasattr(events, "__arrow_c_stream__"):
+        return None
+    if isinstance(events, Sequence) and (not events or isinstance(events[0], Mapping)):
+        return None
+    if hasattr(events, "__arrow_c_array__"):
+        return None
+    if isinstance(events, Iterator):
+        raise SchemaError(
+            "an iterator can be gone through only once, and batch EM needs several passes; pass a function that "
+            "returns a fresh iterator"
+        )
+    if isinstance(events, Iterable):
+        return lambda: events
+    raise SchemaError(f"events of type {type(events).__name__} are not supported")
+
+
+class _progress:
+    """A Rich progress bar, or nothing."""
+
+    def __init__(self, shown: bool, total: int) -> None:
+        self._shown, self._total = shown, total
+
+    def __enter__(self) -> Callable[[str], None]:
+        if not self._shown:
+            return lambda text: None
+        from rich.progress import Progress
+
+        self._progress = Progress()
+        self._progress.start()
+        task = self._progress.add_task("EM", total=self._total)
+        return lambda text: self._progress.update(task, advance=1, description=text)
+
+    def __exit__(self, *error: object) -> None:
+        if self._shown:
+            self._progress.stop()

@@ -1,0 +1,504 @@
+"""Mixtures: each event comes from one of K components."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from stream_em.families.base import Block, Family, FamilyError, Mask, Parts
+from stream_em.families.gaussian import Gaussian
+from stream_em.numerics import Array, softmax_in_place
+from stream_em.schema import Batch, Schema
+from stream_em.statistics import Part, Statistics, Sums
+
+if TYPE_CHECKING:
+    from threadpoolctl import ThreadpoolController
+
+# Features of one block of events: large enough that calls cost little, small enough to stay near the core.
+FEATURES_PER_BLOCK = 2**20
+SMALLEST_BLOCK, LARGEST_BLOCK = 256, 4096
+
+
+@dataclass(frozen=True)
+class MixtureParameters:
+    """Parameters of a mixture.
+
+    Parameters
+    ----------
+    weights
+        (K,) mixing weights, summing to 1.
+    components
+        Parameters of the family.
+    component_ids
+        (K,) stable ids of the components.
+
+    """
+
+    weights: Array
+    components: Any
+    component_ids: npt.NDArray[np.int64]
+
+    @property
+    def n_components(self) -> int:
+        """Number of components K."""
+        return len(self.weights)
+
+    @cached_property
+    def log_weights(self) -> Array:
+        """Logarithms of the weights (K,)."""
+        return np.log(self.weights)
+
+
+class Posterior(NamedTuple):
+    """What an E-step knows of each event.
+
+    Parameters
+    ----------
+    log_prob
+        (B,) log-density of each event.
+    responsibilities
+        (K, B) probability of each component given the event.
+
+    """
+
+    log_prob: Array
+    responsibilities: Array
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture of K components of one family.
+
+    Parameters
+    ----------
+    family
+        Family of the components; `Product` gives fields families of their own.
+    n_components
+        K >= 1.
+    prior_weight
+        Strength of the prior, > 0: in the M-step each component is given this many pseudo-events drawn from
+        the pooled distribution of all the data, so the scale of the data is the scale of the prior, a
+        component that loses its events falls back to the pooled estimate, and no covariance is singular.
+    assignment
+        "soft" shares an event among components by responsibility (EM); "hard" gives it to the most
+        responsible one (classification EM; with spherical components, k-means).
+
+    Raises
+    ------
+    ValueError
+        When a number or a word is out of range.
+
+    Notes
+    -----
+    With pseudo-events as prior the M-step is the posterior mode (Dempster, Laird & Rubin 1977, section 3).
+
+    >>> from stream_em import Batch, Gaussian, Schema
+    >>> model = Mixture(Gaussian("diag"), n_components=1)
+    >>> batch = Schema({"x": "numeric"}).encode([{"x": 1.0}, {"x": 3.0}])
+    >>> parameters = model.initialize(batch, np.ones((1, 2)))
+    >>> parameters.components.mean, model.e_step(parameters, batch).parts["moments"].scatter
+    (array([[2.]]), array([[2.]]))
+
+    """
+
+    family: Family
+    n_components: int
+    prior_weight: float = 0.01
+    assignment: Literal["soft", "hard"] = "soft"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.family, Family):
+            raise FamilyError(f"family must be a component family such as Gaussian(), got {self.family!r}")
+        if int(self.n_components) != self.n_components or self.n_components < 1:
+            raise ValueError(f"n_components must be a whole number >= 1, got {self.n_components!r}")
+        if not (np.isfinite(self.prior_weight) and self.prior_weight > 0.0):
+            raise ValueError(
+                f"prior_weight must be a finite number of pseudo-events > 0, got {self.prior_weight!r}; without a "
+                "prior a component that loses its events has no estimate"
+            )
+        if self.assignment not in ("soft", "hard"):
+            raise ValueError(f'assignment must be "soft" or "hard", got {self.assignment!r}')
+
+    def bind(self, schema: Schema) -> Self:
+        """Return the model for the fields of a schema.
+
+        Raises
+        ------
+        FamilyError
+            When a field does not suit the family.
+
+        """
+        return replace(self, family=self.family.bind(schema.fields))
+
+    def initialize(self, batch: Batch, responsibilities: Array) -> MixtureParameters:
+        """Return parameters from given responsibilities (K, B): one M-step.
+
+        Missing values of joint fields are taken at the pooled estimate.
+        """
+        bound = self.bind(batch.schema)
+        ids = np.arange(self.n_components, dtype=np.int64)
+        pooled = MixtureParameters(
+            np.full(self.n_components, 1.0 / self.n_components), bound._pooled(batch), ids
+        )
+        statistics, _ = bound._expect(pooled, batch, given=responsibilities)
+        return bound.m_step(statistics)
+
+    def pooled(self, batch: Batch) -> MixtureParameters:
+        """Return parameters of K identical components fitted to all the events: nothing told apart yet."""
+        weights = np.full(self.n_components, 1.0 / self.n_components)
+        return MixtureParameters(
+            weights, self.bind(batch.schema)._pooled(batch), np.arange(self.n_components, dtype=np.int64)
+        )
+
+    def _pooled(self, batch: Batch) -> Any:
+        weight = np.ones(batch.n_events) if batch.weight is None else batch.weight
+        return self.family.pooled(batch.values, weight, self.n_components)
+
+    def e_step(self, parameters: MixtureParameters, batch: Batch, *, n_threads: int = 1) -> Statistics:
+        """Return the expected sufficient statistics of a batch.
+
+        Parameters
+        ----------
+        parameters
+            The parameters at which responsibilities are taken.
+        batch
+            Encoded events; their weights count, their times are left to the learner.
+        n_threads
+            Threads that share the blocks of a large batch.
+
+        """
+        return self.bind(batch.schema)._expect(parameters, batch, n_threads=n_threads)[0]
+
+    def posterior(self, parameters: MixtureParameters, batch: Batch) -> Posterior:
+        """Return log-densities and responsibilities of a batch; nothing is learned."""
+        return self.bind(batch.schema)._posterior(parameters, batch)
+
+    def log_prob(self, parameters: MixtureParameters, batch: Batch) -> Array:
+        """Return the log-density (B,) of each event."""
+        return self.posterior(parameters, batch).log_prob
+
+    def _posterior(self, parameters: MixtureParameters, batch: Batch) -> Posterior:
+        posterior = self._expect(parameters, batch, keep=True, collect=False)[1]
+        assert posterior is not None
+        return posterior
+
+    def m_step(self, statistics: Statistics, prior: Parts | None = None) -> MixtureParameters:
+        """Return the posterior mode of the parameters given the statistics.
+
+        Parameters
+        ----------
+        statistics
+            Expected sufficient statistics of any number of events.
+        prior
+            Pseudo-statistics, by default those of `self.prior(statistics)`.
+
+        """
+        if prior is None:
+            prior = self.prior(statistics)
+        posterior: dict[str, Part] = {
+            name: statistics.parts[name].merge(pseudo)  # type: ignore[arg-type]  # same family, same kinds
+            for name, pseudo in prior.items()
+        }
+        weights = statistics.weights + self.prior_weight
+        weights /= np.add.reduce(weights)
+        return MixtureParameters(weights, self.family.maximize(posterior), statistics.component_ids)
+
+    def prior(self, statistics: Statistics) -> Parts:
+        """Return pseudo-statistics on the scale of the data that these statistics describe."""
+        return self.family.prior(statistics.parts, self.prior_weight)
+
+    def log_prior(self, parameters: MixtureParameters, prior: Parts) -> float:
+        """Return the log-density of the prior, up to a constant."""
+        return self.prior_weight * float(parameters.log_weights.sum()) + self.family.log_prior(
+            parameters.components, prior
+        )
+
+    def sample(
+        self, parameters: MixtureParameters, n_events: int, generator: np.random.Generator
+    ) -> tuple[Array, npt.NDArray[np.int64]]:
+        """Draw events: values (D, n) in the schema's coding, and the id (n,) of each one's component."""
+        components = generator.choice(parameters.n_components, size=n_events, p=parameters.weights)
+        values = self.family.sample(parameters.components, components, generator)
+        return values, parameters.component_ids[components]
+
+    def n_parameters(self, schema: Schema) -> int:
+        """Return the number of free parameters, the mixing weights included."""
+        family = self.family.bind(schema.fields)
+        return self.n_components - 1 + family.n_parameters(len(schema), self.n_components)
+
+    def marginal(self, parameters: MixtureParameters, keep: npt.NDArray[np.intp]) -> MixtureParameters:
+        """Return the mixture over the fields at the positions `keep`.
+
+        Raises
+        ------
+        FamilyError
+            When the family is not Gaussian.
+
+        """
+        return replace(parameters, components=self._gaussian("marginal").marginal(parameters.components, keep))
+
+    def conditional(
+        self, parameters: MixtureParameters, given: npt.NDArray[np.intp], values: Array
+    ) -> MixtureParameters:
+        """Return the mixture over the other fields, given `values` (G,) of the fields at the positions `given`.
+
+        Raises
+        ------
+        FamilyError
+            When the family is not Gaussian.
+
+        """
+        gaussian = self._gaussian("conditional")
+        at = np.asarray(values, dtype=np.float64)[:, None]
+        centers = np.repeat(at.T, parameters.n_components, axis=0)
+        # About the given point every feature is 0, so the constant is the whole log-density there.
+        log_weights = gaussian.block(gaussian.marginal(parameters.components, given), None).natural(centers)[1]
+        log_weights = (log_weights + parameters.log_weights)[:, None]
+        softmax_in_place(log_weights)
+        components = gaussian.conditional(parameters.components, given, at[:, 0])
+        return MixtureParameters(log_weights[:, 0], components, parameters.component_ids)
+
+    def _gaussian(self, verb: str) -> Gaussian:
+        if not isinstance(self.family, Gaussian):
+            raise FamilyError(f"the {verb} is available for Gaussian mixtures, not for {type(self.family).__name__}")
+        return self.family
+
+    def grow(self, statistics: Statistics, old: Schema, new: Schema, batch: Batch) -> Statistics:
+        """Return the statistics for a schema that gained categories or fields.
+
+        `batch`, encoded with the new schema, says what the events seen so far are taken to have held in
+        new fields of a joint family.
+        """
+        bound = self.bind(new)
+        parts = bound.family.grow(statistics.parts, old.fields, new.fields, bound._pooled(batch))
+        return replace(statistics, parts={"components": statistics.parts["components"], **parts})
+
+    def _expect(
+        self,
+        parameters: MixtureParameters,
+        batch: Batch,
+        *,
+        given: Array | None = None,
+        keep: bool = False,
+        collect: bool = True,
+        n_threads: int = 1,
+    ) -> tuple[Statistics, Posterior | None]:
+        """Run the E-step of a bound model; `given` responsibilities replace those of the parameters."""
+        posterior = (
+            Posterior(np.empty(batch.n_events), np.empty((self.n_components, batch.n_events))) if keep else None
+        )
+        weights = np.zeros(self.n_components)
+        parts: Parts = {}
+        log_likelihood = 0.0
+        for positions, observed in _missing_patterns(batch, self.family):
+            whole = positions is None
+            part_of_batch = batch if positions is None else batch.select(positions)
+            expectation = _Expectation(self, parameters, part_of_batch, observed, n_threads)
+            into = posterior
+            if posterior is not None and not whole:
+                into = Posterior(np.empty(part_of_batch.n_events), np.empty((self.n_components, part_of_batch.n_events)))
+            shares = given if given is None or whole else given[:, positions]
+            block_log_likelihood, block_weights, new = expectation.run(shares, into, collect)
+            if posterior is not None and into is not None and not whole:
+                posterior.log_prob[positions] = into.log_prob
+                posterior.responsibilities[:, positions] = into.responsibilities
+            if not collect:
+                continue
+            log_likelihood += block_log_likelihood
+            weights = weights + block_weights
+            parts = (
+                {name: part.merge(new[name]) for name, part in parts.items()}  # type: ignore[arg-type]
+                if parts
+                else new
+            )
+        return Statistics({"components": Sums(weights), **parts}, log_likelihood, parameters.component_ids), posterior
+
+
+def _missing_patterns(batch: Batch, family: Family) -> Iterator[tuple[npt.NDArray[np.intp] | None, Mask | None]]:
+    """Yield positions of events (None: all) that miss the same joint fields, and which fields are observed."""
+    if batch.observed is None:
+        yield None, None
+        return
+    joint = family.joint_fields(len(batch.values))
+    gone = ~batch.observed[joint]
+    if not gone.any():
+        yield None, np.ones(len(batch.values), dtype=bool)
+        return
+    packed = np.ascontiguousarray(np.packbits(gone, axis=0).T)
+    keys = packed.view(np.dtype((np.void, packed.shape[1]))).ravel()
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    order = np.argsort(inverse, kind="stable")
+    ends = np.cumsum(np.bincount(inverse))
+    for pattern, positions in enumerate(np.split(order, ends[:-1])):
+        observed = np.ones(len(batch.values), dtype=bool)
+        observed[joint] = ~gone[:, first[pattern]]
+        yield positions, observed
+
+
+_workspaces = threading.local()
+
+
+def _workspace(name: str, rows: int, columns: int) -> Array:
+    """A block of memory that this thread keeps between calls: fresh pages cost more than the arithmetic."""
+    buffer: Array | None = getattr(_workspaces, name, None)
+    if buffer is None or buffer.size < rows * columns:
+        buffer = np.empty(rows * columns)
+        setattr(_workspaces, name, buffer)
+    return buffer[: rows * columns].reshape(rows, columns)
+
+
+class _Expectation:
+    """One E-step over events that miss the same joint fields."""
+
+    def __init__(
+        self, model: Mixture, parameters: MixtureParameters, batch: Batch, observed: Mask | None, n_threads: int
+    ) -> None:
+        self.hard = model.assignment == "hard"
+        self.batch = batch
+        self.mask = batch.observed if observed is not None else None
+        self.n_threads = n_threads
+        self.n_components = model.n_components
+        self.block: Block = model.family.block(parameters.components, observed)
+        center = batch.center
+        location = model.family.location_fields(len(center))
+        if not location.all():
+            center = np.where(location, center, 0.0)
+        self.center = center
+        n_features = self.block.n_features
+        centers = np.repeat(center[None], self.n_components, axis=0)
+        # Components too far from the shared origin get features about their own mean.
+        self.own = self.block.unstable(center)
+        if len(self.own):
+            means = model.family.moments(parameters.components)[0]
+            centers[self.own] = np.where(location, means[self.own], 0.0)
+        self.centers = centers
+        self.theta = np.empty((self.n_components, n_features + 1))
+        self.theta[:, :n_features], constant = self.block.natural(centers)
+        np.add(constant, parameters.log_weights, out=self.theta[:, n_features])
+
+    def run(self, given: Array | None, into: Posterior | None, collect: bool) -> tuple[float, Array, Parts]:
+        """Return the log-likelihood, the weights (K,) of the components and the family's statistics."""
+        log_likelihood, sums = self._pass(given, into, self.centers if collect else None)
+        if not collect:
+            return log_likelihood, sums, {}
+        centers = self.centers
+        better = self.block.recentered(sums[:, :-1], sums[:, -1], centers)
+        if better is not None:
+            centers = better
+            _, sums = self._pass(given, None, centers)
+        return log_likelihood, sums[:, -1], self.block.collect(sums[:, :-1], sums[:, -1], centers)
+
+    def _pass(self, given: Array | None, into: Posterior | None, centers: Array | None) -> tuple[float, Array]:
+        """Go through all blocks; with `centers` (K, D), sum the features about them."""
+        n_events = self.batch.n_events
+        size = min(LARGEST_BLOCK, max(SMALLEST_BLOCK, FEATURES_PER_BLOCK // self.theta.shape[1]))
+        size = 1 << (size.bit_length() - 1)
+        own = np.empty(0, dtype=np.intp)
+        if centers is not None:
+            own = np.flatnonzero((centers != self.center).any(axis=1))
+        if n_events <= size:
+            return self._blocks(0, n_events, size, given, into, centers, own)
+        starts = list(range(0, n_events, size))
+        n_threads = min(self.n_threads, len(starts))
+        if n_threads == 1:
+            return self._blocks(0, n_events, size, given, into, centers, own)
+        bounds = [starts[len(starts) * thread // n_threads] for thread in range(n_threads)] + [n_events]
+        with _one_blas_thread(), ThreadPoolExecutor(n_threads) as threads:
+            results = threads.map(
+                lambda start, stop: self._blocks(start, stop, size, given, into, centers, own), bounds[:-1], bounds[1:]
+            )
+            log_likelihoods, sums = zip(*results)
+        return sum(log_likelihoods), np.add.reduce(sums)
+
+    def _blocks(
+        self,
+        start: int,
+        stop: int,
+        size: int,
+        given: Array | None,
+        into: Posterior | None,
+        centers: Array | None,
+        own: npt.NDArray[np.intp],
+    ) -> tuple[float, Array]:
+        n_features = self.theta.shape[1]
+        size = max(1, min(size, stop - start))
+        sums = np.zeros(self.theta.shape)
+        block_sums = np.empty(self.theta.shape)
+        log_likelihood = 0.0
+        weight = self.batch.weight
+        for first in range(start, stop, size):
+            last = min(first + size, stop)
+            span = slice(first, last)
+            features = _workspace("features", n_features, last - first)
+            self._write_features(span, self.center, features)
+            shares = _workspace("shares", self.n_components, last - first)
+            if given is None:
+                np.matmul(self.theta, features, out=shares)
+                for component in self.own:
+                    shares[component] = self.theta[component] @ self._features_about(span, self.centers[component])
+                log_likelihood += self._normalize(shares, span, into)
+            else:
+                np.copyto(shares, given[:, span])
+            if centers is None:
+                continue
+            if weight is not None:
+                shares *= weight[span]
+            np.matmul(shares, features.T, out=block_sums)
+            for component in own:
+                block_sums[component] = self._features_about(span, centers[component]) @ shares[component]
+            sums += block_sums
+        return log_likelihood, sums
+
+    def _normalize(self, shares: Array, span: slice, into: Posterior | None) -> float:
+        """Turn log-joints into responsibilities in place; return the log-likelihood of the block."""
+        best = np.maximum.reduce(shares, axis=0) if self.hard else None
+        winner = np.argmax(shares, axis=0) if self.hard else None
+        log_prob = softmax_in_place(shares)
+        observed = None if self.mask is None else self.mask[:, span]
+        base = self.block.base_measure(self.batch.values[:, span], observed)
+        if base is not None:
+            log_prob += base
+        if into is not None:
+            into.log_prob[span] = log_prob
+            into.responsibilities[:, span] = shares
+        if best is not None and winner is not None:
+            shares[:] = 0.0
+            shares[winner, np.arange(len(winner))] = 1.0
+            log_prob = best if base is None else best + base
+        weight = self.batch.weight
+        return float(np.add.reduce(log_prob) if weight is None else log_prob @ weight[span])
+
+    def _write_features(self, span: slice, center: Array, features: Array) -> None:
+        values = self.batch.values[:, span]
+        shifted = _workspace("shifted", *values.shape)
+        np.subtract(values, center[:, None], out=shifted)
+        observed = None if self.mask is None else self.mask[:, span]
+        if observed is not None:
+            np.copyto(shifted, 0.0, where=~observed)
+        self.block.write_features(shifted, observed, features[:-1])
+        features[-1] = 1.0
+
+    def _features_about(self, span: slice, center: Array) -> Array:
+        features = _workspace("own_features", self.theta.shape[1], span.stop - span.start)
+        self._write_features(span, center, features)
+        return features
+
+
+@lru_cache(maxsize=1)
+def _blas() -> ThreadpoolController:
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
+
+
+def _one_blas_thread() -> AbstractContextManager[Any]:
+    """The blocks are the parallelism; BLAS threads below them would only compete."""
+    return _blas().limit(limits=1, user_api="blas")

@@ -1,0 +1,198 @@
+"""Where EM starts: a reservoir of events, whitened k-means++, a few batch iterations, the best of several."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from stream_em.models.mixture import Mixture, MixtureParameters
+from stream_em.numerics import Array
+from stream_em.schema import Batch, Schema
+
+# Directions whose share of the total variance is smaller are rounding, not structure; whitening would
+# blow them up to the size of the others.
+SMALLEST_EIGENVALUE_SHARE = 1e-9
+
+
+class Reservoir:
+    """A uniform sample, by weight, of a stream of unknown length (Efraimidis & Spirakis 2006, A-Res).
+
+    Parameters
+    ----------
+    capacity
+        Number of events kept.
+    generator
+        Source of randomness.
+
+    >>> reservoir = Reservoir(2, np.random.default_rng(0))
+    >>> schema = Schema({"x": "numeric"})
+    >>> for start in (0.0, 3.0):
+    ...     reservoir.add(schema.encode(np.arange(start, start + 3.0)[:, None]))
+    >>> reservoir.sample().n_events
+    2
+
+    """
+
+    def __init__(self, capacity: int, generator: np.random.Generator) -> None:
+        self.capacity = capacity
+        self._generator = generator
+        self._batches: list[Batch] = []
+        self._keys = np.empty(0)
+
+    def add(self, batch: Batch) -> None:
+        """Offer a batch to the sample."""
+        drawn = np.log(self._generator.random(batch.n_events))
+        if batch.weight is not None:
+            with np.errstate(divide="ignore"):
+                drawn = drawn / batch.weight
+        keys = np.concatenate([self._keys, drawn])
+        kept = concatenate([*self._batches, batch])
+        if len(keys) > self.capacity:
+            chosen = np.sort(np.argpartition(-keys, self.capacity - 1)[: self.capacity])
+            keys, kept = keys[chosen], kept.select(chosen)
+        self._keys, self._batches = keys, [kept]
+
+    def sample(self) -> Batch:
+        """Return the events of the sample; they count alike, since heavy events were drawn more often."""
+        batch = concatenate(self._batches)
+        return Batch(batch.values, batch.schema)
+
+
+def concatenate(batches: list[Batch]) -> Batch:
+    """Return the events of all batches in one, under the schema of the last, copied from what they view.
+
+    Schemas may only have grown from one batch to the next; fields that came later are missing before.
+    """
+    schema = batches[-1].schema
+    total = sum(batch.n_events for batch in batches)
+    values = np.full((len(schema), total), np.nan)
+    stop = 0
+    for batch in batches:
+        start, stop = stop, stop + batch.n_events
+        values[: len(batch.values), start:stop] = batch.values
+
+    def joined(name: str, default: float) -> Array | None:
+        columns = [getattr(batch, name) for batch in batches]
+        if all(column is None for column in columns):
+            return None
+        return np.concatenate(
+            [np.full(batch.n_events, default) if one is None else one for batch, one in zip(batches, columns)]
+        )
+
+    return Batch(values, schema, joined("weight", 1.0), joined("time", 0.0))
+
+
+def seed(
+    model: Mixture, batch: Batch, generator: np.random.Generator, *, n_starts: int = 4, n_iterations: int = 10
+) -> MixtureParameters:
+    """Return parameters from which EM can go on.
+
+    Parameters
+    ----------
+    model
+        The mixture.
+    batch
+        Events to start from, at least one.
+    generator
+        Source of randomness.
+    n_starts
+        Number of k-means++ starts; the one with the highest log-posterior after `n_iterations` is kept.
+    n_iterations
+        EM iterations for each start.
+
+    >>> batch = Schema({"x": "numeric"}).encode(np.repeat([[0.0], [0.1], [9.0], [9.1]], 5, axis=0))
+    >>> from stream_em import Gaussian
+    >>> start = seed(Mixture(Gaussian(), n_components=2), batch, np.random.default_rng(0))
+    >>> np.sort(start.components.mean.ravel()).round(2)
+    array([0.05, 9.05])
+
+    """
+    bound = model.bind(batch.schema)
+    points = whitened(batch)
+    weight = np.ones(batch.n_events) if batch.weight is None else batch.weight
+    best: tuple[float, MixtureParameters] | None = None
+    for _ in range(n_starts if model.n_components > 1 else 1):
+        parameters = bound.initialize(batch, k_means_responsibilities(points, weight, model.n_components, generator))
+        prior = None
+        objective = -math.inf
+        for _ in range(n_iterations):
+            statistics = bound.e_step(parameters, batch)
+            prior = bound.prior(statistics) if prior is None else prior
+            objective = statistics.log_likelihood + bound.log_prior(parameters, prior)
+            parameters = bound.m_step(statistics, prior)
+        if best is None or objective > best[0]:
+            best = objective, parameters
+    assert best is not None
+    return best[1]
+
+
+def whitened(batch: Batch) -> Array:
+    """Return points (B, F) in which distance means the same in every direction.
+
+    Counts enter by their square root and durations by their logarithm, which evens out their spread;
+    categories by indicators; a missing value by the mean. Then the pooled covariance is made the identity:
+    k-means on anisotropic data otherwise splits along the longest axis.
+    """
+    rows: list[Array] = []
+    for values, field in zip(batch.values, batch.schema.fields):
+        if field.kind == "category":
+            rows.extend(np.where(np.isnan(values), np.nan, values == code) for code in range(field.n_codes))
+        elif field.kind == "count":
+            rows.append(np.sqrt(values))
+        elif field.kind == "duration":
+            rows.append(np.log1p(values / max(float(np.nanmean(values)) if not np.isnan(values).all() else 1.0, 1e-300)))
+        else:
+            rows.append(values)
+    points = np.stack(rows)
+    there = ~np.isnan(points)
+    mean = np.where(there, points, 0.0).sum(axis=1) / np.maximum(there.sum(axis=1), 1)
+    centred = np.where(there, points - mean[:, None], 0.0)
+    spread = np.sqrt((centred**2).mean(axis=1))
+    varies = spread > 16.0 * np.finfo(np.float64).eps * np.abs(mean)
+    if not varies.any():
+        return np.zeros((batch.n_events, 1))
+    standardized = centred[varies] / spread[varies, None]
+    eigenvalues, directions = np.linalg.eigh(standardized @ standardized.T / batch.n_events)
+    kept = eigenvalues > SMALLEST_EIGENVALUE_SHARE * eigenvalues.sum()
+    projected: Array = (directions[:, kept] / np.sqrt(eigenvalues[kept])).T @ standardized
+    return np.ascontiguousarray(projected.T)
+
+
+def k_means_responsibilities(
+    points: Array, weight: Array, n_clusters: int, generator: np.random.Generator, *, n_iterations: int = 10
+) -> Array:
+    """Return hard responsibilities (K, B) of greedy k-means++ followed by a few Lloyd iterations.
+
+    Source: Arthur & Vassilvitskii 2007; the greedy choice among 2 + log K candidates is theirs too.
+    """
+    n_points = len(points)
+    total = float(weight.sum())
+    if total <= 0.0:
+        weight, total = np.ones(n_points), float(n_points)
+    centers = np.empty((n_clusters, points.shape[1]))
+    centers[0] = points[generator.choice(n_points, p=weight / total)]
+    distance = ((points - centers[0]) ** 2).sum(axis=1)
+    n_candidates = 2 + int(math.log(n_clusters))
+    for index in range(1, n_clusters):
+        potential = distance * weight
+        # With fewer distinct points than clusters nothing is left to cover: any point will do.
+        probability = potential / potential.sum() if potential.sum() > 0.0 else weight / total
+        candidates = generator.choice(n_points, size=n_candidates, p=probability)
+        to_candidates = np.minimum(distance[:, None], _squared_distances(points, points[candidates]))
+        chosen = int(np.argmin(weight @ to_candidates))
+        centers[index], distance = points[candidates[chosen]], to_candidates[:, chosen]
+    for _ in range(n_iterations):
+        label = _squared_distances(points, centers).argmin(axis=1)
+        responsibilities = np.zeros((n_clusters, n_points))
+        responsibilities[label, np.arange(n_points)] = 1.0
+        mass = responsibilities @ weight
+        moved = (responsibilities * weight) @ points
+        held = mass > 0.0
+        centers[held] = moved[held] / mass[held, None]
+    return responsibilities
+
+
+def _squared_distances(points: Array, centers: Array) -> Array:
+    squared: Array = (points**2).sum(axis=1)[:, None] - 2.0 * (points @ centers.T) + (centers**2).sum(axis=1)
+    return np.maximum(squared, 0.0)

@@ -1,0 +1,427 @@
+"""Snapshots: model, schema, parameters, statistics and counters in one Arrow IPC file. Never pickle.
+
+The file holds one record batch with a row for each array (name, type, shape, bytes), and a JSON header in
+the metadata of its Arrow schema. Any Arrow reader opens it; nothing in it is code.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from stream_em.families import family_from_specification, specification_of_family
+from stream_em.learners import BatchEM, OnlineEM, _Average
+from stream_em.models import Mixture, MixtureParameters
+from stream_em.schedules import Constant, HalfLife, Harmonic, RobbinsMonro, Schedule
+from stream_em.schema import Batch, Field, Schema
+from stream_em.statistics import Moments, Statistics, Sums
+
+FORMAT_VERSION = 1
+HEADER_KEY = b"stream_em"
+ROWS = pa.schema(
+    [("name", pa.string()), ("type", pa.string()), ("shape", pa.list_(pa.int64())), ("data", pa.large_binary())]
+)
+TYPES = {"float64": np.dtype("<f8"), "int64": np.dtype("<i8")}
+SCHEDULES: dict[str, type[Schedule]] = {
+    "harmonic": Harmonic,
+    "robbins_monro": RobbinsMonro,
+    "constant": Constant,
+    "half_life": HalfLife,
+}
+
+Learner = OnlineEM | BatchEM
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+class SnapshotError(ValueError):
+    """Raised when a file is no snapshot that this version can load, or is damaged."""
+
+
+def save(learner: Learner, path: str | os.PathLike[str], *, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write a learner to a file, all or nothing.
+
+    The snapshot goes to a temporary file in the same folder, is flushed to disk, and is then renamed, so a
+    reader finds either the old one whole or the new one whole.
+
+    Parameters
+    ----------
+    learner
+        An `OnlineEM` (in its warm-up too) or a fitted `BatchEM`.
+    path
+        The file; an existing one is replaced.
+    metadata
+        Anything of the caller's that JSON can hold.
+
+    >>> import tempfile
+    >>> from stream_em import Gaussian
+    >>> learner = OnlineEM(Mixture(Gaussian(), 2), warm_up=4).update(np.array([[0.0], [0.1], [5.0], [5.1]]))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(learner, Path(folder) / "model.arrow")
+    ...     again = load(Path(folder) / "model.arrow")
+    >>> np.array_equal(again.parameters.components.mean, learner.parameters.components.mean)
+    True
+
+    """
+    target = Path(path)
+    content = to_bytes(learner, metadata=metadata)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    if os.name == "posix":
+        # The rename itself is durable only once the folder is on disk.
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def load(path: str | os.PathLike[str]) -> Learner:
+    """Return the learner that a file holds.
+
+    Raises
+    ------
+    SnapshotError
+        When the file is damaged, no snapshot, or of a newer format.
+    FileNotFoundError
+        When there is no such file.
+
+    """
+    return from_bytes(Path(path).read_bytes(), source=str(path))
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the `metadata` that was saved with a snapshot."""
+    header, _ = _read(Path(path).read_bytes(), str(path))
+    return dict(header["metadata"])
+
+
+def to_bytes(learner: Learner, *, metadata: Mapping[str, Any] | None = None) -> bytes:
+    """Return the snapshot of a learner as bytes."""
+    header, arrays = _state_of(learner)
+    header["metadata"] = dict(metadata or {})
+    try:
+        text = json.dumps(header, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise SnapshotError(f"the metadata cannot be written as JSON: {error}") from None
+    columns: list[list[Any]] = [[], [], [], []]
+    for name, array in arrays.items():
+        kind = "int64" if array.dtype.kind == "i" else "float64"
+        plain = np.ascontiguousarray(array, dtype=TYPES[kind])
+        for column, value in zip(columns, (name, kind, list(plain.shape), plain.tobytes())):
+            column.append(value)
+    rows = pa.record_batch(
+        [pa.array(column, one.type) for column, one in zip(columns, ROWS)],
+        schema=ROWS.with_metadata({HEADER_KEY: text}),
+    )
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, rows.schema) as writer:
+        writer.write_batch(rows)
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
+
+
+def from_bytes(content: bytes, *, source: str = "snapshot") -> Learner:
+    """Return the learner that `to_bytes` wrote.
+
+    Raises
+    ------
+    SnapshotError
+        When the bytes are damaged, no snapshot, or of a newer format.
+
+    """
+    header, arrays = _read(content, source)
+    try:
+        return _learner_of(header, arrays)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, ArithmeticError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise SnapshotError(f"{source}: the snapshot is inconsistent: {reason}") from error
+
+
+def _read(content: bytes, source: str) -> tuple[dict[str, Any], Arrays]:
+    try:
+        with pa.ipc.open_file(pa.BufferReader(content)) as reader:
+            if reader.num_record_batches != 1 or not reader.schema.equals(ROWS):
+                raise SnapshotError(f"{source}: not a stream_em snapshot (an Arrow file of another kind)")
+            text = (reader.schema.metadata or {}).get(HEADER_KEY)
+            rows = reader.get_batch(0)
+            rows.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, SnapshotError):
+            raise
+        raise SnapshotError(f"{source}: not a readable Arrow file, so no snapshot or a damaged one: {error}") from None
+    if text is None:
+        raise SnapshotError(f"{source}: not a stream_em snapshot (the header is missing)")
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SnapshotError(f"{source}: the snapshot's header is damaged: {error}") from None
+    if not isinstance(header, dict) or not isinstance(header.get("format"), int):
+        raise SnapshotError(f"{source}: the snapshot's header is damaged: it states no format")
+    if header["format"] != FORMAT_VERSION:
+        raise SnapshotError(
+            f"{source}: the snapshot has format {header['format']}, written by stream_em "
+            f"{header.get('library')}; this version reads format {FORMAT_VERSION}"
+        )
+    if not isinstance(header.get("metadata"), dict):
+        raise SnapshotError(f"{source}: the snapshot's header is damaged: it holds no metadata")
+    arrays: Arrays = {}
+    for name, kind, shape, data in zip(*(column.to_pylist() for column in rows.columns)):
+        arrays[str(name)] = _array(source, name, kind, shape, data)
+    return header, arrays
+
+
+def _array(source: str, name: Any, kind: Any, shape: Any, data: Any) -> npt.NDArray[Any]:
+    if kind not in TYPES or shape is None or data is None or any(size is None or size < 0 for size in shape):
+        raise SnapshotError(f"{source}: the array {name!r} is damaged")
+    if math.prod(shape) * 8 != len(data):
+        raise SnapshotError(f"{source}: the array {name!r} has {len(data)} bytes, not those of shape {shape}")
+    return np.frombuffer(data, TYPES[kind]).reshape(shape).astype(TYPES[kind].newbyteorder("="))
+
+
+def _library_version() -> str:
+    try:
+        return version("stream-em")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _state_of(learner: Learner) -> tuple[dict[str, Any], Arrays]:
+    schema = learner.schema
+    arrays: Arrays = {}
+    header: dict[str, Any] = {
+        "format": FORMAT_VERSION,
+        "library": _library_version(),
+        "kind": type(learner).__name__,
+        "model": {
+            "family": specification_of_family(learner.model.family),
+            "n_components": int(learner.model.n_components),
+            "prior_weight": float(learner.model.prior_weight),
+            "assignment": learner.model.assignment,
+        },
+        "schema": None if schema is None else _specification_of_schema(schema),
+        "n_events": learner.n_events,
+        "ignored_fields": dict(learner.ignored_fields),
+        "origin": learner.origin,
+        "statistics": None,
+    }
+    statistics = learner.statistics
+    if statistics is not None:
+        header["statistics"] = {
+            "log_likelihood": statistics.log_likelihood,
+            "half_life": statistics.half_life,
+            "time": statistics.time,
+        }
+        arrays["statistics/component_ids"] = statistics.component_ids
+        for part_name, part in statistics.parts.items():
+            arrays.update({f"statistics/parts/{part_name}:{key}": array for key, array in part.arrays().items()})
+    if isinstance(learner, BatchEM):
+        if learner._parameters is None:
+            raise SnapshotError("a BatchEM must be fitted before it is saved")
+        header["learner"] = {
+            "max_iter": learner.max_iter,
+            "tol": learner.tol,
+            "n_init": learner.n_init,
+            "seed_events": learner.seed_events,
+            "n_threads": learner.n_threads,
+            "seed": learner.seed,
+            "history": learner.history,
+            "converged": learner.converged,
+        }
+        _add_parameters(arrays, "parameters", learner, learner._parameters)
+        return header, arrays
+    schedule = learner.schedule
+    (kind,) = (name for name, one in SCHEDULES.items() if type(schedule) is one)
+    header["learner"] = {
+        "schedule": {"kind": kind, **vars(schedule)},
+        "unknown": learner.unknown,
+        "batch_size": learner.batch_size,
+        "warm_up": learner.warm_up,
+        "first_m_step": learner.first_m_step,
+        "averaging": learner.averaging,
+        "seed": learner.seed,
+        "total_weight": learner._total_weight,
+        "n_updates": learner._n_updates,
+        "n_averaged": [learner._average.n_reported, learner._average.n_running],
+    }
+    for name, parameters in (
+        ("iterate", learner._iterate),
+        ("reported", learner._average.reported),
+        ("running", learner._average.running),
+    ):
+        if parameters is not None:
+            _add_parameters(arrays, name, learner, parameters)
+    if learner._buffer:
+        # As `concatenate` would leave them: one batch under the newest schema.
+        learner.parameters  # noqa: B018 - joins the batches kept aside
+        (seen,) = learner._buffer
+        for name, array in (("values", seen.values), ("weight", seen.weight), ("time", seen.time)):
+            if array is not None:
+                arrays[f"buffer/{name}"] = array
+    return header, arrays
+
+
+def _add_parameters(arrays: Arrays, name: str, learner: Learner, parameters: MixtureParameters) -> None:
+    arrays[f"{name}/weights"] = parameters.weights
+    arrays[f"{name}/component_ids"] = parameters.component_ids
+    family = learner._bound_model().family
+    arrays.update({f"{name}/components/{key}": array for key, array in family.arrays(parameters.components).items()})
+
+
+def _specification_of_schema(schema: Schema) -> dict[str, Any]:
+    fields = [
+        {
+            "name": one.name,
+            "kind": one.kind,
+            "categories": list(one.categories),
+            "max_categories": one.max_categories,
+        }
+        for one in schema.fields
+    ]
+    return {"fields": fields, "unknown": schema.unknown}
+
+
+def _schema_of(specification: Mapping[str, Any]) -> Schema:
+    fields = []
+    for one in specification["fields"]:
+        if not (isinstance(one["name"], str) and all(isinstance(label, str) for label in one["categories"])):
+            raise ValueError("field names and categories must be strings")
+        fields.append(Field(one["name"], one["kind"], tuple(one["categories"]), _whole(one["max_categories"])))
+    return Schema(fields, unknown=specification["unknown"])
+
+
+def _whole(value: Any, least: int = 0) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**62:
+        raise ValueError(f"expected a whole number of at least {least}, got {value!r}")
+    return value
+
+
+def _finite(value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"expected a finite number, got {value!r}")
+    return float(value)
+
+
+def _learner_of(header: dict[str, Any], arrays: Arrays) -> Learner:
+    specification = header["model"]
+    model = Mixture(
+        family_from_specification(specification["family"]),
+        _whole(specification["n_components"], 1),
+        _finite(specification["prior_weight"]),
+        specification["assignment"],
+    )
+    schema = None if header["schema"] is None else _schema_of(header["schema"])
+    options = dict(header["learner"])
+    learner: Learner
+    if header["kind"] == "BatchEM":
+        history = [_finite(value) for value in options.pop("history")]
+        converged = bool(options.pop("converged"))
+        learner = BatchEM(model, schema=schema, **options)
+        learner.history, learner.converged = history, converged
+        learner._parameters = _parameters_of(learner, arrays, "parameters")
+    elif header["kind"] == "OnlineEM":
+        total_weight, n_updates = _finite(options.pop("total_weight")), _whole(options.pop("n_updates"))
+        n_reported, n_running = (_whole(count) for count in options.pop("n_averaged"))
+        schedule = dict(options.pop("schedule"))
+        learner = OnlineEM(model, schedule=SCHEDULES[schedule.pop("kind")](**schedule), schema=schema, **options)
+        learner._total_weight, learner._n_updates = total_weight, n_updates
+        learner._iterate = _parameters_of(learner, arrays, "iterate")
+        learner._average = _Average(
+            _parameters_of(learner, arrays, "reported"), n_reported, _parameters_of(learner, arrays, "running"), n_running
+        )
+        learner._parameters = learner._iterate
+        if learner.averaging and learner._average.reported is not None:
+            learner._parameters = learner._average.reported
+        if "buffer/values" in arrays and schema is not None:
+            learner._buffer = [_buffer_of(schema, arrays)]
+    else:
+        raise ValueError(f"unknown kind of learner {header['kind']!r}")
+    learner.n_events = _whole(header["n_events"])
+    learner.ignored_fields = Counter({str(name): _whole(count) for name, count in header["ignored_fields"].items()})
+    learner.origin = str(header["origin"])
+    if header["statistics"] is not None:
+        learner.statistics = _statistics_of(learner, header["statistics"], arrays)
+    return learner
+
+
+def _parameters_of(learner: Learner, arrays: Arrays, name: str) -> MixtureParameters | None:
+    if f"{name}/weights" not in arrays:
+        return None
+    n_components = learner.model.n_components
+    weights, component_ids = arrays[f"{name}/weights"], _component_ids(arrays[f"{name}/component_ids"], n_components)
+    if weights.shape != (n_components,) or not (weights > 0.0).all() or not math.isclose(weights.sum(), 1.0, rel_tol=1e-9):
+        raise ValueError(f"the weights of {name} are not {n_components} positive numbers that sum to 1")
+    prefix = f"{name}/components/"
+    family = learner._bound_model().family
+    components = family.from_arrays(
+        {key[len(prefix) :]: array for key, array in arrays.items() if key.startswith(prefix)}
+    )
+    shape = (n_components, len(learner._known_schema()))
+    if any(moment.shape != shape for moment in family.moments(components)):
+        raise ValueError(f"the parameters of {name} are not those of {n_components} components of the schema's fields")
+    return MixtureParameters(weights, components, component_ids)
+
+
+def _component_ids(array: npt.NDArray[Any], n_components: int) -> npt.NDArray[np.int64]:
+    if array.dtype != np.int64 or array.shape != (n_components,) or len(np.unique(array)) != n_components:
+        raise ValueError(f"component ids must be {n_components} different whole numbers")
+    return array
+
+
+def _statistics_of(learner: Learner, scalars: Mapping[str, Any], arrays: Arrays) -> Statistics:
+    schema, bound = learner._known_schema(), learner._bound_model()
+    parameters = learner._iterate if isinstance(learner, OnlineEM) else learner._parameters
+    if parameters is None:
+        raise ValueError("there are statistics but no parameters")
+    shapes = bound._expect(parameters, Batch(np.empty((len(schema), 0)), schema))[0]
+    parts: dict[str, Sums | Moments] = {}
+    for name, template in shapes.parts.items():
+        found = {key: arrays[f"statistics/parts/{name}:{key}"] for key in template.arrays()}
+        for key, expected in template.arrays().items():
+            if found[key].shape != expected.shape or found[key].dtype != np.float64:
+                raise ValueError(f"the statistics {name!r} have shape {found[key].shape}, expected {expected.shape}")
+            if not np.isfinite(found[key]).all():
+                raise ValueError(f"the statistics {name!r} are not finite")
+        parts[name] = type(template)(**found)
+        if any((weight < 0.0).any() for key, weight in found.items() if key == "weight"):
+            raise ValueError(f"the statistics {name!r} have negative weights")
+    time, half_life = scalars["time"], scalars["half_life"]
+    return Statistics(
+        parts,
+        _finite(scalars["log_likelihood"]),
+        _component_ids(arrays["statistics/component_ids"], learner.model.n_components),
+        None if half_life is None else _finite(half_life),
+        None if time is None else _finite(time),
+    )
+
+
+def _buffer_of(schema: Schema, arrays: Arrays) -> Batch:
+    values = arrays["buffer/values"]
+    if values.ndim != 2 or len(values) != len(schema) or np.isinf(values).any():
+        raise ValueError("the events kept aside for the warm-up do not fit the schema")
+    for row, one in zip(values, schema.fields):
+        if one.kind == "category" and not np.isin(row[~np.isnan(row)], np.arange(one.n_codes)).all():
+            raise ValueError(f"the field {one.name!r} of the events kept aside has unknown codes")
+    weight, time = arrays.get("buffer/weight"), arrays.get("buffer/time")
+    for name, column in (("weight", weight), ("time", time)):
+        if column is not None and (column.shape != values.shape[1:] or not np.isfinite(column).all()):
+            raise ValueError(f"the {name} of the events kept aside does not fit")
+    return Batch(values, schema, weight, time)
