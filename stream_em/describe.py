@@ -84,12 +84,19 @@ def describe(family: Family, parameters: MixtureParameters, schema: Schema) -> l
             else:
                 center, spread = float(mean[component, position]), float(np.sqrt(variance[component, position]))
                 effect = (center - float(pooled_mean[position])) / float(pooled[position])
-                text = f"true {center:.0%}" if one.kind == "flag" else f"{center:.4g} ± {spread:.2g}"
+                text = f"true {center:.0%}" if one.kind == "flag" else f"{_plain(center, 4)} ± {_plain(spread, 2)}"
             fields.append(FieldDescription(one.name, text, effect))
         fields.sort(key=lambda described: -abs(described.effect))
         identity = int(parameters.component_ids[component])
         descriptions.append(ComponentDescription(identity, float(weights[component]), fields))
     return descriptions
+
+
+def _plain(number: float, digits: int) -> str:
+    """The number with so many significant digits, in powers of ten only where it would be long otherwise."""
+    if number == 0.0 or not 1e-4 <= abs(number) < 1e7:
+        return f"{number:.{digits}g}"
+    return f"{number:,.{max(0, digits - 1 - int(np.floor(np.log10(abs(number)))))}f}"
 
 
 def category_probabilities(family: Family, parameters: MixtureParameters, schema: Schema, position: int) -> Array:

@@ -18,7 +18,7 @@ from stream_em.models import Mixture, MixtureParameters
 from stream_em.models.mixture import Posterior
 from stream_em.numerics import Array
 from stream_em.schedules import HalfLife, RobbinsMonro, Schedule, StepSize
-from stream_em.schema import Batch, Schema, SchemaError
+from stream_em.schema import OTHER, Batch, Schema, SchemaError
 from stream_em.seeding import Reservoir, concatenate, seed as seed_parameters
 from stream_em.statistics import MergeError, Statistics
 
@@ -120,9 +120,7 @@ class FittedMixture:
         return self._bound
 
     def _posterior(self, batch: Batch) -> Posterior:
-        if self._schema is not None and batch.schema is not self._schema:
-            batch = _restricted(batch, self._schema)
-        return self._bound_model()._posterior(self.parameters, batch)
+        return self._bound_model()._posterior(self.parameters, _adapted(batch, self._known_schema()))
 
     def score_events(self, events: Events) -> Prediction:
         """Return log-density, component and responsibilities of each event; nothing is learned."""
@@ -171,10 +169,13 @@ class FittedMixture:
         Raises
         ------
         SchemaError
-            When a field is unknown, or no field is left.
+            When a field is unknown, a value is not finite, or no field is left.
 
         """
         schema = self._known_schema()
+        for name, value in given.items():
+            if not math.isfinite(value):
+                raise SchemaError(f"the given value of {name!r} must be finite, got {value!r}")
         known = sorted((schema.position(name), float(value)) for name, value in given.items())
         if len(known) == len(schema):
             raise SchemaError("all fields are given: none is left for the conditional distribution")
@@ -383,6 +384,8 @@ class OnlineEM(FittedMixture):
     ) -> Prediction:
         """Score each event with what was known before its mini-batch, then learn from it: one E-step for both.
 
+        What was known is the last iterate, also where `averaging` makes `parameters` its average.
+
         Raises
         ------
         EventError, SchemaError
@@ -413,13 +416,11 @@ class OnlineEM(FittedMixture):
         n_components = self.model.n_components
         log_prob = np.zeros(batch.n_events)
         if self._buffer:
-            known = self._known_schema()
-            batch = batch if batch.schema is known else _restricted(batch, known)
-            log_prob = self._bound_model()._posterior(self.parameters, batch).log_prob
+            log_prob = super()._posterior(batch).log_prob
         return Posterior(log_prob, np.full((n_components, batch.n_events), 1.0 / n_components))
 
     def _learn(self, batch: Batch, predictions: list[Prediction] | None) -> None:
-        bound = self._accept(batch)
+        batch, bound = self._accept(batch)
         self.ignored_fields.update(batch.ignored_fields)
         start = 0
         while start < batch.n_events:
@@ -432,17 +433,15 @@ class OnlineEM(FittedMixture):
                 self._step(bound, piece, predictions)
             start = stop
 
-    def _accept(self, batch: Batch) -> Mixture:
-        """Check that the batch can be learned, grow to its schema, and return the bound model."""
+    def _accept(self, batch: Batch) -> tuple[Batch, Mixture]:
+        """Check that the batch can be learned, grow to its schema, and return it with the bound model."""
         if isinstance(self.schedule, HalfLife) and batch.time is None:
             raise SchemaError("the schedule HalfLife needs the time of the events: update(events, time=...)")
-        if batch.schema is self._schema:
-            return self._bound_model()
         known = self._schema
-        if known is not None and batch.schema.fields == known.fields:
-            return self._bound_model()
-        if known is not None and batch.schema.names[: len(known)] != known.names:
-            raise SchemaError(f"the batch has other fields than the learner: {batch.schema!r} instead of {known!r}")
+        if known is not None and known.extends(batch.schema):
+            return _adapted(batch, known), self._bound_model()
+        if known is not None and not batch.schema.extends(known):
+            raise _foreign(batch, known)
         bound = self.model.bind(batch.schema)
         statistics, iterate = self.statistics, self._iterate
         if statistics is not None and known is not None:
@@ -450,10 +449,11 @@ class OnlineEM(FittedMixture):
             iterate = bound.m_step(statistics)
         elif iterate is not None:
             raise SchemaError("new fields or categories came before the first M-step after initial_parameters")
+        self._buffer = [_adapted(one, batch.schema) for one in self._buffer]
         self._schema, self._bound, self.statistics, self._iterate = batch.schema, bound, statistics, iterate
         self._parameters = iterate
         self._average = _Average()
-        return bound
+        return batch, bound
 
     def _keep_aside(self, piece: Batch, predictions: list[Prediction] | None) -> None:
         if predictions is not None:
@@ -566,7 +566,15 @@ class OnlineEM(FittedMixture):
         """Return a learner with these parameters that has learned nothing yet, for another share of the events.
 
         Forks of one learner can be merged with each other and with it.
+
+        Raises
+        ------
+        NotFittedError
+            During the warm-up, when there are no components yet to share.
+
         """
+        if self.warming_up:
+            raise NotFittedError("a learner that is still warming up has no components to share with a fork")
         return OnlineEM(
             self.model,
             schedule=self.schedule,
@@ -702,9 +710,9 @@ class BatchEM(FittedMixture):
             When there is no event.
 
         """
+        batches, sample, n_events, ignored_fields = self._read(events, weight)
+        bound = self.model.bind(sample.schema)
         generator = np.random.default_rng(self.seed)
-        batches, sample = self._read(events, weight, generator)
-        bound = self.model.bind(self._known_schema())
         best: tuple[float, MixtureParameters, Statistics, list[float], bool, str] | None = None
         starts = 1 if self._initial_parameters is not None else self.n_init
         with _progress(self.progress, starts * self.max_iter) as advance:
@@ -715,40 +723,46 @@ class BatchEM(FittedMixture):
                     best = (*run, _origin(start))
         assert best is not None
         _, self._parameters, self.statistics, self.history, self.converged, self.origin = best
-        self._bound = bound
+        self._bound, self._schema = bound, sample.schema
+        self.n_events, self.ignored_fields = n_events, ignored_fields
         return self
 
     def _read(
-        self, events: Any, weight: npt.ArrayLike | None, generator: np.random.Generator
-    ) -> tuple[Callable[[], Iterator[Batch]], Batch]:
-        """Go through the events once: settle the schema, and draw the sample to seed from."""
+        self, events: Any, weight: npt.ArrayLike | None
+    ) -> tuple[Callable[[], Iterator[Batch]], Batch, int, Counter[str]]:
+        """Go through the events once: settle the schema, draw the sample to seed from, count."""
         source = _batches_of(events)
+        schema = self._schema
         if source is None:
-            schema = Schema.infer(events) if self._schema is None else self._schema
-            batch = schema.encode(events, weight, extend=True)
+            batch = (Schema.infer(events) if schema is None else schema).encode(events, weight, extend=True)
             if batch.n_events == 0:
                 raise NotFittedError("there is no event to fit")
-            values = np.ascontiguousarray(batch.values)
-            whole = Batch(values, batch.schema, batch.weight)
-            self._schema, self.n_events = batch.schema, batch.n_events
-            self.ignored_fields = Counter(batch.ignored_fields)
-            return lambda: iter((whole,)), whole
+            whole = Batch(np.ascontiguousarray(batch.values), batch.schema, batch.weight)
+            return lambda: iter((whole,)), whole, whole.n_events, Counter(batch.ignored_fields)
         if weight is not None:
             raise SchemaError("sample weights of batches that are read come with each batch: encode it with its weight")
-        reservoir = Reservoir(self.seed_events, generator)
-        self.n_events, self.ignored_fields = 0, Counter()
+        # A generator of its own: starts must not depend on how the events were cut.
+        reservoir = Reservoir(self.seed_events, np.random.default_rng([self.seed, 1]))
+        n_events = 0
+        ignored_fields: Counter[str] = Counter()
         for chunk in source():
-            schema = Schema.infer(chunk) if self._schema is None else self._schema
-            batch = chunk if isinstance(chunk, Batch) else schema.encode(chunk, extend=True)
-            self._schema = batch.schema
-            self.n_events += batch.n_events
-            self.ignored_fields.update(batch.ignored_fields)
-            if batch.n_events:
-                reservoir.add(batch)
-        if self.n_events == 0:
+            if isinstance(chunk, Batch):
+                batch = chunk if schema is None or chunk.schema.extends(schema) else _adapted(chunk, schema)
+            else:
+                batch = (Schema.infer(chunk) if schema is None else schema).encode(chunk, extend=True)
+            schema = batch.schema
+            n_events += batch.n_events
+            ignored_fields.update(batch.ignored_fields)
+            reservoir.add(batch)
+        if n_events == 0 or schema is None:
             raise NotFittedError("there is no event to fit")
-        known = self._known_schema()
-        return lambda: (chunk if isinstance(chunk, Batch) else known.encode(chunk) for chunk in source()), reservoir.sample()
+        known = schema
+
+        def again() -> Iterator[Batch]:
+            for chunk in source():
+                yield _adapted(chunk if isinstance(chunk, Batch) else known.encode(chunk), known)
+
+        return again, reservoir.sample(), n_events, ignored_fields
 
     def _iterate(
         self,
@@ -846,14 +860,32 @@ def _as_prediction(posterior: Posterior, component_ids: npt.NDArray[np.int64]) -
     return Prediction(posterior.log_prob, component_ids[np.argmax(responsibilities, axis=0)], responsibilities.T)
 
 
-def _restricted(batch: Batch, schema: Schema) -> Batch:
-    """Return a batch whose schema has grown beyond `schema` as the smaller schema sees it."""
-    if batch.schema.fields == schema.fields:
+def _foreign(batch: Batch, schema: Schema) -> SchemaError:
+    return SchemaError(
+        f"the batch was encoded with another schema, {batch.schema!r} instead of {schema!r}, or with other "
+        "categories; encode events with the learner's own schema"
+    )
+
+
+def _adapted(batch: Batch, schema: Schema) -> Batch:
+    """Return a batch of an earlier or later state of `schema` as `schema` sees it.
+
+    Fields that came later are missing; new fields are left out and new categories are `other`.
+    """
+    if batch.schema is schema:
         return batch
+    if schema.extends(batch.schema):
+        values = batch.values
+        if len(schema) > len(values):
+            values = np.full((len(schema), batch.n_events), np.nan)
+            values[: len(batch.values)] = batch.values
+        return replace(batch, values=values, schema=schema)
+    if not batch.schema.extends(schema):
+        raise _foreign(batch, schema)
     values = batch.values[: len(schema)].copy()
     for row, field in zip(values, schema.fields):
         if field.kind == "category":
-            row[row >= field.n_codes] = 0.0
+            row[row >= field.n_codes] = OTHER
     return replace(batch, values=values, schema=schema)
 
 
@@ -882,7 +914,7 @@ def _check_mergeable(first: OnlineEM | BatchEM, second: OnlineEM | BatchEM) -> N
         raise MergeError(f"the fields differ: {first.schema!r} and {second.schema!r}")
     if first.model != second.model:
         raise MergeError(f"the models differ: {first.model} and {second.model}")
-    if first.origin != second.origin:
+    if first.origin != second.origin or not first.origin:
         raise MergeError(
             "the two states do not descend from the same start, so their components do not correspond; "
             "fork one learner, feed each fork its share of the events, and merge those"

@@ -9,9 +9,12 @@ Array = npt.NDArray[np.float64]
 
 EPSILON = float(np.finfo(np.float64).eps)
 
-# exp() of anything below is a subnormal or nearly one. Subnormal responsibilities slow the matrix product
-# that follows several times over, and 1e-87 of an event changes no double-precision sum.
-LOG_RESPONSIBILITY_FLOOR = -200.0
+# exp() of less is subnormal, which slows the matrix products that follow several times over, while 1e-261
+# of an event changes no double-precision sum.
+LOG_RESPONSIBILITY_FLOOR = -600.0
+
+# Stands in for a weight of 0 in a division, where the numerator is 0 as well.
+SMALLEST_WEIGHT = 1e-300
 
 # Largest magnitude whose square, and the sum of 1e100 such squares, is still a finite double.
 LARGEST_VALUE = 1e100
@@ -37,24 +40,23 @@ def softmax_in_place(log_joint: Array) -> Array:
     """
     largest = np.maximum.reduce(log_joint, axis=0)
     log_joint -= largest
-    np.maximum(log_joint, LOG_RESPONSIBILITY_FLOOR, out=log_joint)
+    if np.minimum.reduce(log_joint, axis=None) < LOG_RESPONSIBILITY_FLOOR:
+        np.maximum(log_joint, LOG_RESPONSIBILITY_FLOOR, out=log_joint)
     np.exp(log_joint, out=log_joint)
     total = np.add.reduce(log_joint, axis=0)
-    log_joint /= total
+    log_joint *= np.divide(1.0, total)
     np.log(total, out=total)
     total += largest
     return total
 
 
-def cholesky(covariance: Array, scale: Array) -> tuple[Array, Array]:
-    """Cholesky factors of a stack of covariances, with jitter relative to the pooled scale where needed.
+def cholesky(covariance: Array) -> tuple[Array, Array]:
+    """Cholesky factors of a stack of covariances, with jitter relative to the variances where needed.
 
     Parameters
     ----------
     covariance
-        (..., D, D) symmetric matrices.
-    scale
-        (D,) pooled variance of each field, > 0: the unit in which jitter is added.
+        (..., D, D) symmetric matrices with positive diagonals.
 
     Returns
     -------
@@ -65,9 +67,9 @@ def cholesky(covariance: Array, scale: Array) -> tuple[Array, Array]:
     Raises
     ------
     NumericalError
-        When a covariance stays indefinite with the pooled variance itself added to its diagonal.
+        When a covariance stays indefinite with its own variances added to its diagonal.
 
-    >>> repaired, factor = cholesky(np.array([[[1.0, 1.0], [1.0, 1.0]]]), np.ones(2))
+    >>> repaired, factor = cholesky(np.array([[[1.0, 1.0], [1.0, 1.0]]]))
     >>> bool(np.allclose(factor @ factor.transpose(0, 2, 1), repaired))
     True
 
@@ -75,24 +77,23 @@ def cholesky(covariance: Array, scale: Array) -> tuple[Array, Array]:
     try:
         factor = np.linalg.cholesky(covariance)
     except np.linalg.LinAlgError:
-        return _cholesky_with_jitter(covariance, scale)
+        return _cholesky_with_jitter(covariance)
     dimension = covariance.shape[-1]
     pivots = factor.reshape(*factor.shape[:-2], -1)[..., :: dimension + 1]
     variances = covariance.reshape(*covariance.shape[:-2], -1)[..., :: dimension + 1]
     if not (pivots * pivots >= SMALLEST_RELATIVE_PIVOT * variances).all():
-        return _cholesky_with_jitter(covariance, scale)
+        return _cholesky_with_jitter(covariance)
     return covariance, factor
 
 
-def _cholesky_with_jitter(covariance: Array, scale: Array) -> tuple[Array, Array]:
+def _cholesky_with_jitter(covariance: Array) -> tuple[Array, Array]:
     dimension = covariance.shape[-1]
     matrices = covariance.reshape(-1, dimension, dimension).copy()
     factors = np.empty_like(matrices)
     for index, matrix in enumerate(matrices):
-        diagonal = np.maximum(np.diagonal(matrix), 0.0)
-        # Work in units of the standard deviations: jitter then means the same for every field.
-        unit = np.sqrt(np.maximum(diagonal, 1e-12 * scale))
-        correlation = matrix / np.outer(unit, unit)
+        # In units of the standard deviations jitter means the same for every field.
+        unit = np.sqrt(np.maximum(np.diagonal(matrix), SMALLEST_WEIGHT))
+        correlation = matrix / unit / unit[:, None]
         for jitter in (0.0, *(10.0**exponent for exponent in range(-12, 1))):
             candidate = correlation + jitter * np.eye(dimension)
             try:
@@ -103,19 +104,14 @@ def _cholesky_with_jitter(covariance: Array, scale: Array) -> tuple[Array, Array
                 break
         else:
             raise NumericalError(
-                f"covariance {index} is not positive definite even with the pooled variance added: {matrix.tolist()}"
+                f"covariance {index} is not positive definite even with its own variances added: {matrix.tolist()}"
             )
-        matrices[index] = candidate * np.outer(unit, unit)
+        matrices[index] = candidate * unit * unit[:, None]
         factors[index] = factor * unit[:, None]
     return matrices.reshape(covariance.shape), factors.reshape(covariance.shape)
 
 
-def inverse_lower(factor: Array) -> Array:
-    """Inverses of a stack (..., D, D) of lower triangular factors, exactly lower triangular."""
-    return np.tril(np.linalg.inv(factor))
-
-
 def safe_divide(numerator: Array, denominator: Array) -> Array:
-    """`numerator / denominator` with 0 where the denominator is 0 (no weight, so nothing was seen)."""
-    return np.divide(numerator, denominator, out=np.zeros(np.broadcast_shapes(numerator.shape, denominator.shape)),
-                     where=denominator > 0.0)
+    """`numerator / denominator` where a denominator of 0 (no weight, so nothing was seen) gives 0."""
+    quotient: Array = numerator / np.maximum(denominator, SMALLEST_WEIGHT)
+    return quotient

@@ -302,6 +302,27 @@ class Schema:
         except KeyError:
             raise SchemaError(f"no field {name!r}; the fields are {', '.join(map(repr, self.names))}") from None
 
+    def extends(self, other: Schema) -> bool:
+        """Return whether every block encoded with `other` means the same to this schema, but for new fields.
+
+        It does when the fields of `other` come first here, with the same kinds, and their categories come
+        first in the vocabularies.
+
+        >>> Schema([Field("c", "category", ("a", "b"))]).extends(Schema([Field("c", "category", ("a",))]))
+        True
+        >>> Schema([Field("c", "category", ("b", "a"))]).extends(Schema([Field("c", "category", ("a",))]))
+        False
+
+        """
+        return len(self) >= len(other) and all(
+            mine is theirs
+            or (
+                (mine.name, mine.kind) == (theirs.name, theirs.kind)
+                and mine.categories[: len(theirs.categories)] == theirs.categories
+            )
+            for mine, theirs in zip(self.fields, other.fields)
+        )
+
     @classmethod
     def infer(
         cls,
@@ -382,6 +403,8 @@ class Schema:
             When the frame as a whole does not fit: duplicate, missing or unsupported columns.
 
         """
+        if on_error not in ("raise", "collect"):
+            raise ValueError(f'on_error must be "raise" or "collect", got {on_error!r}')
         if isinstance(events, Batch):
             return self._adopt(events, weight, time)
         errors: dict[int, EventError] = {}
@@ -405,15 +428,20 @@ class Schema:
         keep = np.ones(n_events, dtype=bool)
         keep[[error.index for error in rejected]] = False
         accepted = np.flatnonzero(keep)
-        return Batch(
-            values[:, accepted],
-            schema,
-            None if weights is None else weights[accepted],
-            None if times is None else times[accepted],
-            rejected,
-            accepted,
-            ignored,
+        weights = None if weights is None else weights[accepted]
+        times = None if times is None else times[accepted]
+        if schema is self:
+            return Batch(values[:, accepted], schema, weights, times, rejected, accepted, ignored)
+        # The schema grew. An event that is left out has no say in what it grows by, so encode the others anew.
+        others = _take(events, accepted)
+        batch = self.encode(others, weights, times, on_error="collect", extend=extend)
+        late = tuple(
+            EventError(int(accepted[error.index]), error.field, error.value, error.expected) for error in batch.rejected
         )
+        if batch.accepted is not None:
+            accepted = accepted[batch.accepted]
+        rejected = tuple(sorted((*rejected, *late), key=lambda error: error.index))
+        return replace(batch, rejected=rejected, accepted=accepted, ignored_fields=ignored)
 
     def _adopt(self, batch: Batch, weight: npt.ArrayLike | None, time: npt.ArrayLike | None) -> Batch:
         if batch.schema is not self and batch.schema.fields != self.fields:
@@ -516,7 +544,9 @@ class Schema:
             if not isinstance(event, Mapping):
                 errors[index] = EventError(index, None, event, "a mapping of field names to values")
                 continue
-            for name in event.keys() - self._index.keys():
+            for name in event:
+                if name in self._index:
+                    continue
                 if self.unknown == "refuse" or not isinstance(name, str):
                     expected = "no such field (the schema has " + ", ".join(map(repr, self.names)) + ")"
                     errors.setdefault(index, EventError(index, str(name), event[name], expected))
@@ -621,6 +651,14 @@ def _as_dicts(events: Any) -> Sequence[Mapping[str, Any]]:
     )
 
 
+def _take(events: Any, positions: npt.NDArray[np.intp]) -> Any:
+    """Return the events, a frame or dicts, at these positions."""
+    if _is_frame(events):
+        return _as_arrow(events).take(pa.array(positions))
+    dicts = _as_dicts(events)
+    return [dicts[position] for position in positions.tolist()]
+
+
 def _is_missing(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
@@ -685,18 +723,21 @@ def _encode_column(
 
 
 def _encode_strings(one: Field, column: pa.ChunkedArray, out: Array, extend: bool) -> Field:
+    if not pa.types.is_null(column.type) and _kind_of_column(one.name, column.type) != "category":
+        raise SchemaError(f"column {one.name!r} has type {column.type}, but the field is a category of strings")
     if not pa.types.is_dictionary(column.type):
-        if not pa.types.is_null(column.type) and _kind_of_column(one.name, column.type) != "category":
-            raise SchemaError(f"column {one.name!r} has type {column.type}, but the field is a category of strings")
         column = pc.cast(column, pa.string()).dictionary_encode()
     start = 0
     for chunk in column.chunks:
         labels = chunk.dictionary.to_pylist()
         used = chunk.indices.to_numpy(zero_copy_only=False)
-        if extend:
-            one = one.grown(labels)
-        codes = np.array([one.code(label) for label in labels] + [np.nan])
         indices = np.where(np.isnan(used), len(labels), used).astype(np.intp) if used.dtype.kind == "f" else used
+        if extend and len(one.categories) < one.max_categories and any(one.code(label) == OTHER for label in labels):
+            # A dictionary may hold labels that no event uses, and its order says nothing: go by first appearance.
+            seen, first = np.unique(indices, return_index=True)
+            in_order = seen[np.argsort(first)].tolist()
+            one = one.grown(labels[at] for at in in_order if at < len(labels) and labels[at] is not None)
+        codes = np.array([np.nan if label is None else one.code(label) for label in labels] + [np.nan])
         out[start : start + len(chunk)] = codes[indices]
         start += len(chunk)
     return one
@@ -720,14 +761,12 @@ def _encode_objects(
         block = np.array(column)
     except (ValueError, OverflowError):
         block = np.array(0)
-    if block.dtype.kind in "fiu" and block.ndim == 1 or (block.dtype.kind == "b" and one.kind == "flag"):
+    if block.dtype.kind in "fiub" and block.ndim == 1:
         out[:] = block
         return one
     for index, value in enumerate(column):
         out[index] = np.nan
-        if isinstance(value, bool | np.bool_) and one.kind != "flag":
-            errors.setdefault(index, EventError(index, one.name, value, EXPECTED[one.kind]))
-        elif isinstance(value, int | float | np.integer | np.floating | np.bool_):
+        if isinstance(value, int | float | np.integer | np.floating | np.bool_):
             try:
                 out[index] = value
             except OverflowError:

@@ -39,24 +39,29 @@ class Reservoir:
         self._generator = generator
         self._batches: list[Batch] = []
         self._keys = np.empty(0)
+        self._complete = True
 
     def add(self, batch: Batch) -> None:
         """Offer a batch to the sample."""
         drawn = np.log(self._generator.random(batch.n_events))
         if batch.weight is not None:
-            with np.errstate(divide="ignore"):
+            with np.errstate(divide="ignore", over="ignore"):
                 drawn = drawn / batch.weight
         keys = np.concatenate([self._keys, drawn])
         kept = concatenate([*self._batches, batch])
         if len(keys) > self.capacity:
             chosen = np.sort(np.argpartition(-keys, self.capacity - 1)[: self.capacity])
             keys, kept = keys[chosen], kept.select(chosen)
+            self._complete = False
         self._keys, self._batches = keys, [kept]
 
     def sample(self) -> Batch:
-        """Return the events of the sample; they count alike, since heavy events were drawn more often."""
+        """Return the events of the sample.
+
+        Once events had to be left out those kept count alike, since heavy events were drawn more often.
+        """
         batch = concatenate(self._batches)
-        return Batch(batch.values, batch.schema)
+        return Batch(batch.values, batch.schema, batch.weight if self._complete else None)
 
 
 def concatenate(batches: list[Batch]) -> Batch:

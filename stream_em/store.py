@@ -1,11 +1,12 @@
 """Snapshots: model, schema, parameters, statistics and counters in one Arrow IPC file. Never pickle.
 
 The file holds one record batch with a row for each array (name, type, shape, bytes), and a JSON header in
-the metadata of its Arrow schema. Any Arrow reader opens it; nothing in it is code.
+the metadata of its Arrow schema, with a digest of both. Any Arrow reader opens it; nothing in it is code.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -29,6 +30,7 @@ from stream_em.statistics import Moments, Statistics, Sums
 
 FORMAT_VERSION = 1
 HEADER_KEY = b"stream_em"
+DIGEST_KEY = b"stream_em_digest"
 ROWS = pa.schema(
     [("name", pa.string()), ("type", pa.string()), ("shape", pa.list_(pa.int64())), ("data", pa.large_binary())]
 )
@@ -119,9 +121,9 @@ def to_bytes(learner: Learner, *, metadata: Mapping[str, Any] | None = None) -> 
     header, arrays = _state_of(learner)
     header["metadata"] = dict(metadata or {})
     try:
-        text = json.dumps(header, allow_nan=False)
+        text = json.dumps(header, allow_nan=False, default=_plain_number)
     except (TypeError, ValueError) as error:
-        raise SnapshotError(f"the metadata cannot be written as JSON: {error}") from None
+        raise SnapshotError(f"a setting or the metadata cannot be written as JSON: {error}") from None
     columns: list[list[Any]] = [[], [], [], []]
     for name, array in arrays.items():
         kind = "int64" if array.dtype.kind == "i" else "float64"
@@ -130,13 +132,19 @@ def to_bytes(learner: Learner, *, metadata: Mapping[str, Any] | None = None) -> 
             column.append(value)
     rows = pa.record_batch(
         [pa.array(column, one.type) for column, one in zip(columns, ROWS)],
-        schema=ROWS.with_metadata({HEADER_KEY: text}),
+        schema=ROWS.with_metadata({HEADER_KEY: text, DIGEST_KEY: _digest(text.encode(), columns)}),
     )
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, rows.schema) as writer:
         writer.write_batch(rows)
     content: bytes = sink.getvalue().to_pybytes()
     return content
+
+
+def _plain_number(value: object) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{value!r} is of type {type(value).__name__}")
 
 
 def from_bytes(content: bytes, *, source: str = "snapshot") -> Learner:
@@ -161,7 +169,8 @@ def _read(content: bytes, source: str) -> tuple[dict[str, Any], Arrays]:
         with pa.ipc.open_file(pa.BufferReader(content)) as reader:
             if reader.num_record_batches != 1 or not reader.schema.equals(ROWS):
                 raise SnapshotError(f"{source}: not a stream_em snapshot (an Arrow file of another kind)")
-            text = (reader.schema.metadata or {}).get(HEADER_KEY)
+            stated = reader.schema.metadata or {}
+            text = stated.get(HEADER_KEY)
             rows = reader.get_batch(0)
             rows.validate(full=True)
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -183,10 +192,22 @@ def _read(content: bytes, source: str) -> tuple[dict[str, Any], Arrays]:
         )
     if not isinstance(header.get("metadata"), dict):
         raise SnapshotError(f"{source}: the snapshot's header is damaged: it holds no metadata")
+    columns = [column.to_pylist() for column in rows.columns]
+    if stated.get(DIGEST_KEY) != _digest(text, columns):
+        raise SnapshotError(f"{source}: the snapshot is damaged: its content does not match its digest")
     arrays: Arrays = {}
-    for name, kind, shape, data in zip(*(column.to_pylist() for column in rows.columns)):
+    for name, kind, shape, data in zip(*columns):
         arrays[str(name)] = _array(source, name, kind, shape, data)
     return header, arrays
+
+
+def _digest(header: bytes, columns: list[list[Any]]) -> bytes:
+    """Fingerprint of everything in a snapshot: a number changed by a damaged disk is still a number."""
+    digest = hashlib.blake2b(header, digest_size=16)
+    for name, kind, shape, data in zip(*columns):
+        digest.update(f"{name!r} {kind!r} {shape!r} ".encode())
+        digest.update(data or b"")
+    return digest.hexdigest().encode()
 
 
 def _array(source: str, name: Any, kind: Any, shape: Any, data: Any) -> npt.NDArray[Any]:

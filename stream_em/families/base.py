@@ -34,37 +34,37 @@ class Block(ABC):
     ----------
     n_features
         Q, number of feature rows.
+    has_base_measure
+        Whether part of the log-density depends on the event alone.
 
     """
 
     n_features: int
+    has_base_measure: bool = False
 
     @abstractmethod
     def natural(self, centers: Array) -> tuple[Array, Array]:
         """Return coefficients (K, Q) and constants (K,) of the log-density for features about `centers` (K, D)."""
 
-    def unstable(self, center: Array) -> npt.NDArray[np.intp]:
-        """Return the components for which features about `center` (D,) would lose precision."""
-        return np.empty(0, dtype=np.intp)
+    def unstable(self, center: Array) -> npt.NDArray[np.intp] | None:
+        """Return the components for which features about `center` (D,) would lose precision, None when none."""
+        return None
 
     @abstractmethod
     def write_features(self, shifted: Array, observed: Mask | None, out: Array) -> None:
         """Write the features (Q, B) of a block (D, B), shifted, with 0 where a value is missing."""
 
-    def base_measure(self, values: Array, observed: Mask | None) -> Array | None:
-        """Return the part of the log-density (B,) that no parameter changes, or None when it is 0."""
-        return None
+    def base_measure(self, values: Array, observed: Mask | None) -> Array:
+        """Return the part of the log-density (B,) that no parameter changes."""
+        return np.zeros(values.shape[1])
 
     @abstractmethod
-    def collect(self, sums: Array, weight: Array, centers: Array) -> Parts:
-        """Turn sums of features (K, Q) about `centers` (K, D), and weights (K,), into statistics."""
+    def collect(self, sums: Array, weight: Array, centers: Array) -> tuple[Parts, Array | None]:
+        """Turn sums of features (K, Q) about `centers` (K, D), and weights (K,), into statistics.
 
-    def recentered(self, sums: Array, weight: Array, centers: Array) -> Array | None:
-        """Return better `centers` (K, D) where sums of features lost precision to cancellation, None if nowhere.
-
-        The rows of components that lost nothing stay as they are.
+        Where squares lost precision to cancellation, better centers (K, D) are returned as well, the rows
+        of the other components unchanged; None when nothing was lost.
         """
-        return None
 
 
 class Family(ABC):

@@ -53,8 +53,8 @@ class _CategoricalBlock(Block):
                 out[start] *= observed[row]
             start = stop
 
-    def collect(self, sums: Array, weight: Array, centers: Array) -> Parts:
-        return {"counts": Sums(sums.copy())}
+    def collect(self, sums: Array, weight: Array, centers: Array) -> tuple[Parts, None]:
+        return {"counts": Sums(sums.copy())}, None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stream_em.families.base import Block, Family, FamilyError, Mask, Parts
-from stream_em.numerics import EPSILON, Array, cholesky, inverse_lower, safe_divide
+from stream_em.numerics import EPSILON, SMALLEST_WEIGHT, Array, cholesky, safe_divide
 from stream_em.schema import Field
 from stream_em.statistics import Moments
 
@@ -44,27 +44,31 @@ class GaussianParameters:
     @cached_property
     def factor(self) -> Array:
         """Lower Cholesky factors, (K, D, D) or (D, D)."""
-        variances = np.diagonal(self.covariance, axis1=-2, axis2=-1).reshape(-1, self.mean.shape[1])
-        return cholesky(self.covariance, np.maximum.reduce(variances, axis=0))[1]
+        return cholesky(self.covariance)[1]
 
     @cached_property
     def precision(self) -> Array:
         """Inverse covariances, (K, D, D) or (D, D)."""
-        inverse = inverse_lower(self.factor)
-        return np.matmul(inverse.swapaxes(-1, -2), inverse)
+        return np.linalg.inv(self.covariance)
 
     @cached_property
-    def half_log_determinant(self) -> Array:
-        """Half the log-determinants of the covariances, (K,) or ()."""
-        return np.log(np.diagonal(self.factor, axis1=-2, axis2=-1)).sum(axis=-1)
+    def log_normalizer(self) -> Array:
+        """Log-density at the mean, (K,) or ()."""
+        log_root = np.add.reduce(np.log(_diagonal(self.factor)), axis=-1)
+        return np.subtract(-0.5 * LOG_TWO_PI * self.mean.shape[1], log_root)
 
     @cached_property
     def packed_precision(self) -> Array:
         """Coefficients of the products x_i x_j, i <= j, in the log-density: (K, D(D+1)/2) or (D(D+1)/2,)."""
-        dimension = self.mean.shape[1]
-        layout = _layout(dimension)
-        flat = self.precision.reshape(*self.precision.shape[:-2], dimension * dimension)
-        return np.take(flat, layout.upper, axis=-1) * layout.coefficient
+        layout = _layout(self.mean.shape[1])
+        flat = self.precision.reshape(*self.precision.shape[:-2], -1)
+        return flat[..., layout.upper] * layout.coefficient
+
+
+def _diagonal(matrices: Array) -> Array:
+    """The diagonals (..., D) of contiguous matrices (..., D, D), as a view."""
+    dimension = matrices.shape[-1]
+    return matrices.reshape(*matrices.shape[:-2], dimension * dimension)[..., :: dimension + 1]
 
 
 @dataclass(frozen=True)
@@ -87,18 +91,20 @@ def _layout(dimension: int) -> _Layout:
     return _Layout(row * dimension + column, coefficient, unpack, np.diagonal(unpack), len(row))
 
 
-def _lost(offset: Array, second: Array, weight: Array) -> Mask | None:
-    """Components whose variance drowns in the rounding of its second moment (K, D) about the origin."""
+def _better_centers(centers: Array, offset: Array, variance: Array, weight: Array) -> Array | None:
+    """Centers for the components whose variance (K, D) drowns in the rounding of their offset from the center."""
     squared = offset * offset
-    variance = np.maximum(second - squared, 0.0)
-    total = float(np.add.reduce(weight))
-    pooled = (weight @ second) / total if total > 0.0 else 0.0
-    lost = EPSILON * squared > 1e-9 * variance + 1e-15 * pooled
-    if not lost.any():
+    rounding = EPSILON * squared
+    # Against the whole range of the data a variance of 0 is as good as one of 1e-15.
+    if (rounding <= 1e-9 * variance).all() or (rounding <= 1e-9 * variance + 1e-15 * _average(squared, weight)).all():
         return None
-    # A component without events has nothing to lose.
-    components: Mask = lost.any(axis=1) & (weight > 1e-60)
-    return components
+    lost = (rounding > 1e-9 * variance + 1e-15 * _average(squared, weight)).any(axis=1) & (weight > SMALLEST_WEIGHT)
+    return centers + np.where(lost[:, None], offset, 0.0) if lost.any() else None
+
+
+def _average(values: Array, weight: Array) -> Array:
+    average: Array = weight @ values / max(float(np.add.reduce(weight)), SMALLEST_WEIGHT)
+    return average
 
 
 class _JointBlock(Block):
@@ -130,20 +136,19 @@ class _JointBlock(Block):
         theta[:, products:] = linear
         constant = np.add.reduce(offset * linear, axis=1)
         constant *= -0.5
-        constant -= parameters.half_log_determinant
-        constant -= 0.5 * self.dimension * LOG_TWO_PI
+        constant += parameters.log_normalizer
         return theta, constant
 
-    def unstable(self, center: Array) -> npt.NDArray[np.intp]:
+    def unstable(self, center: Array) -> npt.NDArray[np.intp] | None:
         if self.observed is not None:
             center = center[self.observed]
         offset = self.parameters.mean - center
         offset *= offset
-        offset *= np.diagonal(self.parameters.precision, axis1=-2, axis2=-1)
-        distance = self.dimension * np.add.reduce(offset, axis=1)
-        if not (distance > LARGEST_SQUARED_OFFSET).any():
-            return np.empty(0, dtype=np.intp)
-        return np.flatnonzero(distance > LARGEST_SQUARED_OFFSET)
+        offset *= _diagonal(self.parameters.precision)
+        distance = np.add.reduce(offset, axis=1)
+        # By Cauchy and Schwarz, D times the sum bounds all the terms that cancel.
+        limit = LARGEST_SQUARED_OFFSET / max(self.dimension, 1)
+        return np.flatnonzero(distance > limit) if np.maximum.reduce(distance) > limit else None
 
     def write_features(self, shifted: Array, observed: Mask | None, out: Array) -> None:
         values = out[self.layout.n_products :]
@@ -154,22 +159,26 @@ class _JointBlock(Block):
             np.multiply(values[row], values[row:], out=out[start:stop])
             start = stop
 
-    def _centred(self, sums: Array, weight: Array) -> tuple[Array, Array]:
+    def collect(self, sums: Array, weight: Array, centers: Array) -> tuple[Parts, Array | None]:
         products = self.layout.n_products
-        offset = safe_divide(sums[:, products:], weight[:, None])
+        first = sums[:, products:]
+        column = np.maximum(weight, SMALLEST_WEIGHT)[:, None]
+        offset = first / column
         scatter = sums[:, self.layout.unpack]
-        scatter -= offset[:, :, None] * sums[:, None, products:]
-        return offset, scatter
-
-    def collect(self, sums: Array, weight: Array, centers: Array) -> Parts:
-        offset, scatter = self._centred(sums, weight)
-        diagonal = np.einsum("kii->ki", scatter)
+        scatter -= offset[:, :, None] * first[:, None, :]
+        diagonal = _diagonal(scatter)
         np.maximum(diagonal, 0.0, out=diagonal)
-        if self.observed is None:
-            if self.tied:
-                scatter = np.add.reduce(scatter, axis=0)
-            return {"moments": Moments(weight, centers + offset, scatter)}
-        return {"moments": self._completed(weight, centers[:, self.observed] + offset, scatter)}
+        own_centers = centers if self.observed is None else centers[:, self.observed]
+        better = _better_centers(own_centers, offset, diagonal / column, weight)
+        if self.observed is not None:
+            if better is not None:
+                changed = centers.copy()
+                changed[:, self.observed] = better
+                better = changed
+            return {"moments": self._completed(weight, own_centers + offset, scatter)}, better
+        if self.tied:
+            scatter = np.add.reduce(scatter, axis=0)
+        return {"moments": Moments(weight, centers + offset, scatter)}, better
 
     def _completed(self, weight: Array, mean: Array, scatter: Array) -> Moments:
         """Add the conditional expectations of the missing fields (Ghahramani & Jordan 1994).
@@ -201,17 +210,6 @@ class _JointBlock(Block):
         )
         return Moments(weight, completed_mean, np.add.reduce(completed, axis=0) if self.tied else completed)
 
-    def recentered(self, sums: Array, weight: Array, centers: Array) -> Array | None:
-        products = self.layout.n_products
-        offset = safe_divide(sums[:, products:], weight[:, None])
-        lost = _lost(offset, safe_divide(sums[:, self.layout.squares], weight[:, None]), weight)
-        if lost is None or not lost.any():
-            return None
-        centers = centers.copy()
-        fields = slice(None) if self.observed is None else self.observed
-        centers[:, fields] += np.where(lost[:, None], offset, 0.0)
-        return centers
-
 
 class _SeparateBlock(Block):
     """Diagonal and spherical covariances: features are x squared, then x, then which fields are observed."""
@@ -239,10 +237,10 @@ class _SeparateBlock(Block):
             return theta, np.zeros(len(offset))
         return theta, np.add.reduce(constant, axis=1)
 
-    def unstable(self, center: Array) -> npt.NDArray[np.intp]:
+    def unstable(self, center: Array) -> npt.NDArray[np.intp] | None:
         offset = self.mean - center
         distance = np.add.reduce(offset * offset / self.variance, axis=1)
-        return np.flatnonzero(distance > LARGEST_SQUARED_OFFSET)
+        return np.flatnonzero(distance > LARGEST_SQUARED_OFFSET) if (distance > LARGEST_SQUARED_OFFSET).any() else None
 
     def write_features(self, shifted: Array, observed: Mask | None, out: Array) -> None:
         dimension = self.dimension
@@ -251,29 +249,20 @@ class _SeparateBlock(Block):
         if self.masked:
             np.copyto(out[2 * dimension :], 1.0 if observed is None else observed)
 
-    def _weight(self, sums: Array, weight: Array) -> Array:
-        if self.masked:
-            return sums[:, 2 * self.dimension :].copy()
-        return np.repeat(weight[:, None], self.dimension, axis=1)
-
-    def collect(self, sums: Array, weight: Array, centers: Array) -> Parts:
+    def collect(self, sums: Array, weight: Array, centers: Array) -> tuple[Parts, Array | None]:
         dimension = self.dimension
-        field_weight = self._weight(sums, weight)
+        field_weight = np.empty(self.mean.shape)
+        field_weight[:] = sums[:, 2 * dimension :] if self.masked else weight[:, None]
+        divisor = np.maximum(field_weight, SMALLEST_WEIGHT)
         first = sums[:, dimension : 2 * dimension]
-        offset = safe_divide(first, field_weight)
+        offset = first / divisor
         scatter = np.maximum(sums[:, :dimension] - offset * first, 0.0)
-        # A field never observed keeps the mean 0 of the zero statistics, not the origin of its features.
-        mean = np.where(field_weight > 0.0, centers + offset, 0.0)
-        return {"moments": Moments(field_weight, mean, scatter)}
-
-    def recentered(self, sums: Array, weight: Array, centers: Array) -> Array | None:
-        dimension = self.dimension
-        field_weight = self._weight(sums, weight)
-        offset = safe_divide(sums[:, dimension : 2 * dimension], field_weight)
-        lost = _lost(offset, safe_divide(sums[:, :dimension], field_weight), weight)
-        if lost is None or not lost.any():
-            return None
-        return centers + np.where(lost[:, None], offset, 0.0)
+        mean = centers + offset
+        if self.masked:
+            # A field never observed keeps the mean 0 of the zero statistics, not the origin of its features.
+            mean = np.where(field_weight > 0.0, mean, 0.0)
+        better = _better_centers(centers, offset, scatter / divisor, weight)
+        return {"moments": Moments(field_weight, mean, scatter)}, better
 
 
 def _marginal_joint(parameters: GaussianParameters, keep: npt.NDArray[np.intp]) -> GaussianParameters:
@@ -289,21 +278,25 @@ def pooled_moments(moments: Moments) -> tuple[Array, Array]:
     """
     weight = moments.weight if moments.weight.ndim == 2 else moments.weight[:, None]
     total = np.add.reduce(weight, axis=0)
-    mean = safe_divide(np.add.reduce(weight * moments.mean, axis=0), np.broadcast_to(total, moments.mean.shape[1:]))
+    divisor = np.maximum(total, SMALLEST_WEIGHT)
+    mean = np.add.reduce(weight * moments.mean, axis=0) / divisor
     deviation = moments.mean - mean
+    deviation *= deviation
+    deviation *= weight
     scatter = moments.scatter
     if moments.weight.ndim == 2:
-        within = np.add.reduce(scatter, axis=0)
-    elif scatter.ndim == 2:
-        within = np.diagonal(scatter)
-    else:
-        within = np.add.reduce(np.einsum("kii->ki", scatter), axis=0)
-    variance = safe_divide(within + np.add.reduce(weight * deviation * deviation, axis=0), total)
+        deviation += scatter
+    elif scatter.ndim == 3:
+        deviation += _diagonal(scatter)
+    variance = np.add.reduce(deviation, axis=0)
+    if moments.weight.ndim == 1 and scatter.ndim == 2:
+        variance += _diagonal(scatter)
+    variance /= divisor
     return mean, _positive_variance(mean, variance)
 
 
 def _positive_variance(mean: Array, variance: Array) -> Array:
-    constant = variance <= (16.0 * EPSILON * mean) ** 2
+    constant = variance <= (256.0 * EPSILON**2) * mean * mean
     if not constant.any():
         return variance
     return np.where(constant, (1e-3 * np.where(mean == 0.0, 1.0, mean)) ** 2, variance)
@@ -386,7 +379,7 @@ class Gaussian(Family):
             spread = np.diag(n_components * scatter)
         else:
             spread = np.zeros((n_components, dimension, dimension))
-            np.einsum("kii->ki", spread)[:] = scatter
+            _diagonal(spread)[:] = scatter
         return {"moments": Moments(pseudo_weight, np.repeat(mean[None], n_components, axis=0), spread)}
 
     def maximize(self, parts: Parts) -> GaussianParameters:  # noqa: D102
@@ -399,11 +392,9 @@ class Gaussian(Family):
             return GaussianParameters(mean, scatter / weight)
         if self.covariance_type == "tied":
             covariance = scatter / np.add.reduce(weight)
-            scale = np.diagonal(covariance)
         else:
             covariance = scatter / weight[:, None, None]
-            scale = np.maximum.reduce(np.einsum("kii->ki", covariance), axis=0)
-        covariance, factor = cholesky(covariance, scale)
+        covariance, factor = cholesky(covariance)
         parameters = GaussianParameters(mean, covariance)
         parameters.__dict__["factor"] = factor
         return parameters

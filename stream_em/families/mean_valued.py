@@ -38,6 +38,7 @@ class MeanValuedBlock(Block):
         self.mean = parameters.mean
         self.dimension = self.mean.shape[1]
         self.masked = observed is not None
+        self.has_base_measure = family.has_base_measure
         self.n_features = (2 if self.masked else 1) * self.dimension
 
     def natural(self, centers: Array) -> tuple[Array, Array]:
@@ -51,19 +52,21 @@ class MeanValuedBlock(Block):
         if self.masked:
             np.copyto(out[self.dimension :], 1.0 if observed is None else observed)
 
-    def base_measure(self, values: Array, observed: Mask | None) -> Array | None:
+    def base_measure(self, values: Array, observed: Mask | None) -> Array:
         return self.family.base_measure(values if observed is None else np.where(observed, values, 0.0))
 
-    def collect(self, sums: Array, weight: Array, centers: Array) -> Parts:
+    def collect(self, sums: Array, weight: Array, centers: Array) -> tuple[Parts, None]:
         if self.masked:
             field_weight = sums[:, self.dimension :].copy()
         else:
             field_weight = np.repeat(weight[:, None], self.dimension, axis=1)
-        return {"weight": Sums(field_weight), "sum": Sums(sums[:, : self.dimension].copy())}
+        return {"weight": Sums(field_weight), "sum": Sums(sums[:, : self.dimension].copy())}, None
 
 
 class MeanValued(Family):
     """Base of the families whose expected sufficient statistics are a weight and a sum for each field."""
+
+    has_base_measure: ClassVar[bool] = False
 
     mean_range: ClassVar[tuple[float, float]]
     """Open interval in which means lie."""
@@ -84,9 +87,9 @@ class MeanValued(Family):
     def variance(self, mean: Array) -> Array:
         """Return the variance at each mean."""
 
-    def base_measure(self, values: Array) -> Array | None:
-        """Return the part of the log-density (B,) that no parameter changes, or None when it is 0."""
-        return None
+    def base_measure(self, values: Array) -> Array:
+        """Return the part of the log-density (B,) that no parameter changes."""
+        return np.zeros(values.shape[1])
 
     def _clip(self, mean: Array) -> Array:
         return np.clip(mean, *self.mean_range)

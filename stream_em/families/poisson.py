@@ -20,6 +20,7 @@ class Poisson(MeanValued):
 
     """
 
+    has_base_measure: ClassVar[bool] = True
     kinds: ClassVar[frozenset[str]] = frozenset({"count"})
     mean_range: ClassVar[tuple[float, float]] = (1e-12, LARGEST_VALUE)
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from stream_em.families.base import Block, Family, FamilyError, Mask, Parts
 from stream_em.numerics import Array
 from stream_em.schema import KINDS, Field
+from stream_em.statistics import Part
 
 Rows = slice | npt.NDArray[np.intp]
 
@@ -51,6 +52,7 @@ class _ProductBlock(Block):
         ]
         self.bounds = np.cumsum([0, *(block.n_features for _, _, block in self.factors)])
         self.n_features = int(self.bounds[-1])
+        self.has_base_measure = any(block.has_base_measure for _, _, block in self.factors)
 
     def _spans(self) -> Any:
         return (
@@ -66,36 +68,32 @@ class _ProductBlock(Block):
             constants += constant
         return theta, constants
 
-    def unstable(self, center: Array) -> npt.NDArray[np.intp]:
-        return np.unique(np.concatenate([block.unstable(center[rows]) for _, rows, block in self.factors]))
+    def unstable(self, center: Array) -> npt.NDArray[np.intp] | None:
+        found = [block.unstable(center[rows]) for _, rows, block in self.factors]
+        unstable = [one for one in found if one is not None]
+        return np.unique(np.concatenate(unstable)) if unstable else None
 
     def write_features(self, shifted: Array, observed: Mask | None, out: Array) -> None:
         for _, rows, block, span in self._spans():
             block.write_features(shifted[rows], None if observed is None else observed[rows], out[span])
 
-    def base_measure(self, values: Array, observed: Mask | None) -> Array | None:
-        total: Array | None = None
+    def base_measure(self, values: Array, observed: Mask | None) -> Array:
+        total = np.zeros(values.shape[1])
         for _, rows, block in self.factors:
-            measure = block.base_measure(values[rows], None if observed is None else observed[rows])
-            if measure is not None:
-                total = measure if total is None else total + measure
+            if block.has_base_measure:
+                total += block.base_measure(values[rows], None if observed is None else observed[rows])
         return total
 
-    def collect(self, sums: Array, weight: Array, centers: Array) -> Parts:
-        return {
-            f"{name}/{part_name}": part
-            for name, rows, block, span in self._spans()
-            for part_name, part in block.collect(sums[:, span], weight, centers[:, rows]).items()
-        }
-
-    def recentered(self, sums: Array, weight: Array, centers: Array) -> Array | None:
+    def collect(self, sums: Array, weight: Array, centers: Array) -> tuple[Parts, Array | None]:
+        parts: dict[str, Part] = {}
         changed: Array | None = None
-        for _, rows, block, span in self._spans():
-            better = block.recentered(sums[:, span], weight, centers[:, rows])
+        for name, rows, block, span in self._spans():
+            of_factor, better = block.collect(sums[:, span], weight, centers[:, rows])
+            parts.update({f"{name}/{part_name}": part for part_name, part in of_factor.items()})
             if better is not None:
                 changed = centers.copy() if changed is None else changed
                 changed[:, rows] = better
-        return changed
+        return parts, changed
 
 
 @dataclass(frozen=True)

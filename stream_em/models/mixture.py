@@ -22,9 +22,11 @@ from stream_em.statistics import Part, Statistics, Sums
 if TYPE_CHECKING:
     from threadpoolctl import ThreadpoolController
 
-# Features of one block of events: large enough that calls cost little, small enough to stay near the core.
-FEATURES_PER_BLOCK = 2**20
-SMALLEST_BLOCK, LARGEST_BLOCK = 256, 4096
+NOTHING = np.empty(0, dtype=np.intp)
+
+# Blocks of events are large enough that calls cost little, yet small enough to stay near the core.
+NEAR_FEATURES, MOST_FEATURES = 2**17, 2**20
+USUAL_BLOCK, LARGEST_BLOCK = 1024, 8192
 
 
 @dataclass(frozen=True)
@@ -375,8 +377,9 @@ class _Expectation:
         n_features = self.block.n_features
         centers = np.repeat(center[None], self.n_components, axis=0)
         # Components too far from the shared origin get features about their own mean.
-        self.own = self.block.unstable(center)
-        if len(self.own):
+        unstable = self.block.unstable(center)
+        self.own = NOTHING if unstable is None else unstable
+        if unstable is not None:
             means = model.family.moments(parameters.components)[0]
             centers[self.own] = np.where(location, means[self.own], 0.0)
         self.centers = centers
@@ -389,20 +392,20 @@ class _Expectation:
         log_likelihood, sums = self._pass(given, into, self.centers if collect else None)
         if not collect:
             return log_likelihood, sums, {}
-        centers = self.centers
-        better = self.block.recentered(sums[:, :-1], sums[:, -1], centers)
+        parts, better = self.block.collect(sums[:, :-1], sums[:, -1], self.centers)
         if better is not None:
-            centers = better
-            _, sums = self._pass(given, None, centers)
-        return log_likelihood, sums[:, -1], self.block.collect(sums[:, :-1], sums[:, -1], centers)
+            _, sums = self._pass(given, None, better)
+            parts, _ = self.block.collect(sums[:, :-1], sums[:, -1], better)
+        return log_likelihood, sums[:, -1], parts
 
     def _pass(self, given: Array | None, into: Posterior | None, centers: Array | None) -> tuple[float, Array]:
         """Go through all blocks; with `centers` (K, D), sum the features about them."""
         n_events = self.batch.n_events
-        size = min(LARGEST_BLOCK, max(SMALLEST_BLOCK, FEATURES_PER_BLOCK // self.theta.shape[1]))
+        n_features = self.theta.shape[1]
+        size = min(LARGEST_BLOCK, max(USUAL_BLOCK, NEAR_FEATURES // n_features), max(1, MOST_FEATURES // n_features))
         size = 1 << (size.bit_length() - 1)
-        own = np.empty(0, dtype=np.intp)
-        if centers is not None:
+        own = self.own
+        if centers is not None and centers is not self.centers:
             own = np.flatnonzero((centers != self.center).any(axis=1))
         if n_events <= size:
             return self._blocks(0, n_events, size, given, into, centers, own)
@@ -428,18 +431,19 @@ class _Expectation:
         centers: Array | None,
         own: npt.NDArray[np.intp],
     ) -> tuple[float, Array]:
-        n_features = self.theta.shape[1]
         size = max(1, min(size, stop - start))
+        features = _workspace("features", self.theta.shape[1], size)
+        features[-1] = 1.0
+        shares = _workspace("shares", self.n_components, size)
         sums = np.zeros(self.theta.shape)
         block_sums = np.empty(self.theta.shape)
         log_likelihood = 0.0
         weight = self.batch.weight
         for first in range(start, stop, size):
-            last = min(first + size, stop)
-            span = slice(first, last)
-            features = _workspace("features", n_features, last - first)
+            span = slice(first, min(first + size, stop))
+            if span.stop - first < size:
+                features, shares = features[:, : span.stop - first], shares[:, : span.stop - first]
             self._write_features(span, self.center, features)
-            shares = _workspace("shares", self.n_components, last - first)
             if given is None:
                 np.matmul(self.theta, features, out=shares)
                 for component in self.own:
@@ -462,17 +466,20 @@ class _Expectation:
         best = np.maximum.reduce(shares, axis=0) if self.hard else None
         winner = np.argmax(shares, axis=0) if self.hard else None
         log_prob = softmax_in_place(shares)
-        observed = None if self.mask is None else self.mask[:, span]
-        base = self.block.base_measure(self.batch.values[:, span], observed)
-        if base is not None:
+        if self.block.has_base_measure:
+            base = self.block.base_measure(
+                self.batch.values[:, span], None if self.mask is None else self.mask[:, span]
+            )
             log_prob += base
+            if best is not None:
+                best += base
         if into is not None:
             into.log_prob[span] = log_prob
             into.responsibilities[:, span] = shares
         if best is not None and winner is not None:
             shares[:] = 0.0
             shares[winner, np.arange(len(winner))] = 1.0
-            log_prob = best if base is None else best + base
+            log_prob = best
         weight = self.batch.weight
         return float(np.add.reduce(log_prob) if weight is None else log_prob @ weight[span])
 
@@ -484,10 +491,10 @@ class _Expectation:
         if observed is not None:
             np.copyto(shifted, 0.0, where=~observed)
         self.block.write_features(shifted, observed, features[:-1])
-        features[-1] = 1.0
 
     def _features_about(self, span: slice, center: Array) -> Array:
         features = _workspace("own_features", self.theta.shape[1], span.stop - span.start)
+        features[-1] = 1.0
         self._write_features(span, center, features)
         return features
 

@@ -1,0 +1,50 @@
+# Every target does its own set-up: a fresh machine needs Python 3.11 or newer, make and a compiler.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# pytest runs two processes: one thread each for linear algebra, or they fight over the cores.
+ONE_THREAD := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 VECLIB_MAXIMUM_THREADS=1
+
+# The lock was resolved on Linux with CPython 3.11. A newer Python may need newer releases than it names
+# (the first wheels for that Python), so everywhere else pip resolves pyproject.toml freely.
+LOCKED_PLATFORM := import platform as p, sys; \
+	sys.exit((p.system(), p.python_implementation(), *sys.version_info[:2]) != ("Linux", "CPython", 3, 11))
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint bench clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "Another interpreter: make test PYTHON=python3.13 VENV=.venv-3.13"
+
+demo: $(READY)  ## cluster the NASA shuttle sensor stream and score its anomalies
+	$(BIN)/stream-em run configs/shuttle.yaml
+
+test: $(READY)  ## run every test and doctest
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2
+
+lint: $(READY)  ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)  ## measure speed and memory beside peers
+	$(BIN)/python -m benchmarks
+
+clean:  ## remove the virtual environment and every cache
+	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find stream_em tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml requirements-lock.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "stream_em needs Python 3.11 or newer; name one: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "Setting up $(VENV) (a minute or two, only once)"
+	@$(PYTHON) -m venv $(VENV)
+	@constraint=''; if $(BIN)/python -c '$(LOCKED_PLATFORM)'; then constraint='-c requirements-lock.txt'; fi; \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check $$constraint -e '.[dev]'
+	@touch $@

@@ -1,0 +1,124 @@
+"""One EM iteration against scikit-learn, and an online update against our own batch iteration."""
+
+from __future__ import annotations
+
+import numpy as np
+from sklearn.mixture import GaussianMixture
+from sklearn.mixture._gaussian_mixture import _compute_precision_cholesky
+from threadpoolctl import threadpool_limits
+
+from benchmarks.measure import Table, in_turn, verdict
+from stream_em import Batch, Gaussian, Mixture, MixtureParameters, OnlineEM, Schema
+
+SIZES = ((2, 3), (4, 5), (8, 8), (16, 16), (32, 32), (64, 16))
+TARGETS = {(2, 3): 10.0, (4, 5): 10.0, (8, 8): 8.0, (16, 16): 6.0, (32, 32): 4.0, (64, 16): 1.6}
+UPDATE_TARGET = 1.5
+TWO_THREADS_TARGET = 1.6
+TWO_THREADS_FROM = 8
+
+
+def data(n_fields: int, n_components: int, n_events: int) -> tuple[np.ndarray, np.ndarray]:
+    """Events (N, D) around random centers, and the component (N,) each came from."""
+    generator = np.random.default_rng(n_fields)
+    centers = 3.0 * generator.normal(size=(n_components, n_fields))
+    components = generator.integers(n_components, size=n_events)
+    return centers[components] + generator.normal(size=(n_events, n_fields)), components
+
+
+class Case:
+    """The same data and parameters for both libraries."""
+
+    def __init__(self, covariance_type: str, n_fields: int, n_components: int) -> None:
+        n_events = 200_000 if n_fields < 32 else 50_000
+        self.events, components = data(n_fields, n_components, n_events)
+        self.schema = Schema.infer(self.events)
+        self.model = Mixture(Gaussian(covariance_type), n_components, prior_weight=1e-6)
+        self.batch = Batch(np.ascontiguousarray(self.events.T), self.schema)
+        responsibilities = np.eye(n_components)[components].T
+        noise = np.random.default_rng(0).random(responsibilities.shape)
+        blurred = 0.8 * responsibilities + 0.2 * noise / noise.sum(axis=0)
+        self.parameters: MixtureParameters = self.model.initialize(self.batch, blurred)
+        self.peer = GaussianMixture(n_components, covariance_type=covariance_type)
+        self.log_likelihood = self.peer_log_likelihood = 0.0
+
+    def ours(self, n_threads: int = 1) -> None:
+        statistics = self.model.e_step(self.parameters, self.batch, n_threads=n_threads)
+        self.model.m_step(statistics)
+        self.log_likelihood = statistics.log_likelihood / self.batch.n_events
+
+    def theirs(self) -> None:
+        peer, components = self.peer, self.parameters.components
+        peer.weights_, peer.means_, peer.covariances_ = self.parameters.weights, components.mean, components.covariance
+        peer.precisions_cholesky_ = _compute_precision_cholesky(peer.covariances_, peer.covariance_type)
+        self.peer_log_likelihood, log_responsibilities = peer._e_step(self.events)
+        peer._m_step(self.events, log_responsibilities)
+
+
+def run() -> list[Table]:
+    """Measure all sizes for full and diagonal covariances."""
+    iterations, threads, updates = [], [], []
+    for covariance_type in ("full", "diag"):
+        for size in SIZES:
+            n_fields, n_components = size
+            case = Case(covariance_type, n_fields, n_components)
+            n_events = case.batch.n_events
+            label = (covariance_type, str(n_fields), str(n_components))
+            batch_size = 1000
+            learner = OnlineEM(case.model, schema=case.schema, initial_parameters=case.parameters)
+            pieces = [case.events[start : start + batch_size] for start in range(0, 50_000, batch_size)]
+
+            def update(learner: OnlineEM = learner, pieces: list[np.ndarray] = pieces) -> None:
+                for piece in pieces:
+                    learner.predict_then_update(piece)
+
+            with threadpool_limits(1):
+                ours, theirs, online = in_turn(case.ours, case.theirs, update, repeats=5 if n_fields < 32 else 3)
+                one, two = in_turn(case.ours, lambda case=case: case.ours(2), repeats=5)
+            assert abs(case.log_likelihood - case.peer_log_likelihood) <= 1e-9 * abs(case.peer_log_likelihood)
+            ratio = theirs / ours
+            iterations.append(
+                (
+                    *label,
+                    f"{theirs / n_events * 1e9:,.0f}",
+                    f"{ours / n_events * 1e9:,.0f}",
+                    f"{ratio:.1f}×",
+                    verdict(ratio, TARGETS[size]),
+                )
+            )
+            gain = one / two
+            aim = verdict(gain, TWO_THREADS_TARGET) if n_fields >= TWO_THREADS_FROM else "none"
+            threads.append((*label, f"{gain:.2f}×", aim))
+            cost = online / (len(pieces) * batch_size) / (ours / n_events)
+            updates.append(
+                (
+                    *label,
+                    f"{online / len(pieces) / batch_size * 1e9:,.0f}",
+                    f"{cost:.2f}×",
+                    verdict(cost, UPDATE_TARGET, at_most=True),
+                )
+            )
+            print("  ", *iterations[-1], "| 2 threads", threads[-1][3], "| update", *updates[-1][3:], flush=True)
+    head = ("covariance", "D", "K")
+    return [
+        Table(
+            "One EM iteration against scikit-learn",
+            "E-step and M-step of `sklearn.mixture.GaussianMixture` and of `Mixture` on the same events (200,000; 50,000 "
+            "from D=32) from the same parameters, one thread, in turn; the log-likelihoods agree to 1e-9 relative, or the "
+            "run fails. Medians of ns per event.",
+            (*head, "scikit-learn", "stream_em", "faster", "target"),
+            iterations,
+        ),
+        Table(
+            "Two threads against one",
+            "The same iteration with `n_threads=2`.",
+            (*head, "faster", "target"),
+            threads,
+        ),
+        Table(
+            "Online updates against the batch iteration",
+            "`OnlineEM.predict_then_update` with batches of 1,000 rows of a NumPy array: encoding, one E-step that both "
+            "scores and learns, merge, M-step. ns per event, and the cost against the batch iteration above.",
+            (*head, "update", "cost", "target"),
+            updates,
+        ),
+    ]

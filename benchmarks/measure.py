@@ -1,0 +1,58 @@
+"""How things are measured: in turn, several times, medians, ratios."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Table:
+    """A measured table: a title, what was done, column names, rows of cells."""
+
+    title: str
+    method: str
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+    def markdown(self) -> str:
+        lines = [f"## {self.title}", "", self.method, "", "| " + " | ".join(self.columns) + " |"]
+        lines.append("|" + "---|" * len(self.columns))
+        lines.extend("| " + " | ".join(row) + " |" for row in self.rows)
+        return "\n".join(lines) + "\n"
+
+
+def in_turn(*works: Callable[[], object], repeats: int = 7) -> list[float]:
+    """Median seconds of each work; the works take turns, so that a slow moment of the machine hits all alike."""
+    seconds: list[list[float]] = [[] for _ in works]
+    for work in works:
+        work()
+    for _ in range(repeats):
+        for taken, work in zip(seconds, works):
+            start = time.perf_counter()
+            work()
+            taken.append(time.perf_counter() - start)
+    return [statistics.median(taken) for taken in seconds]
+
+
+def verdict(figure: float, target: float, *, at_most: bool = False) -> str:
+    """The target with whether the figure meets it."""
+    met = figure <= target if at_most else figure >= target
+    return f"{'at most' if at_most else 'at least'} {target:g}×: {'met' if met else 'MISSED'}"
+
+
+def machine() -> str:
+    """The machine and the versions that the figures belong to."""
+    processor = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            processor = line.split(":", 1)[1].strip()
+            break
+    names = ("numpy", "scipy", "pyarrow", "scikit-learn", "river")
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    return f"{processor}, {platform.system()}, Python {platform.python_version()}, {versions}"

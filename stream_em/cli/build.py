@@ -1,0 +1,168 @@
+"""From a configuration to the objects of the library."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from stream_em import (
+    BatchEM,
+    Bernoulli,
+    Categorical,
+    Constant,
+    Exponential,
+    Gaussian,
+    HalfLife,
+    Harmonic,
+    Mixture,
+    OnlineEM,
+    Poisson,
+    Product,
+    RobbinsMonro,
+    Schema,
+)
+from stream_em.cli.config import (
+    Config,
+    ConfigError,
+    ConstantSection,
+    HalfLifeSection,
+    HarmonicSection,
+    LearnerSection,
+    ModelSection,
+    SourceSection,
+)
+from stream_em.families.base import Family
+from stream_em.schema import Field
+from stream_em.sources import Rows, Source, open_source
+
+_FAMILY_OF_KIND = {
+    "numeric": "gaussian",
+    "category": "categorical",
+    "flag": "bernoulli",
+    "count": "poisson",
+    "duration": "exponential",
+}
+
+
+def make_source(section: SourceSection, **known: Any) -> Source:
+    """Return the source that a configuration describes; `known` are further arguments of `open_source`."""
+    return open_source(
+        section.path,
+        river=section.river,
+        format=section.format,
+        label=section.label,
+        time=section.time,
+        weight=section.weight,
+        exclude=section.exclude,
+        delimiter=section.delimiter,
+        limit=section.limit,
+        **known,
+    )
+
+
+def chunk_rows(source: Source, batch_size: int) -> int:
+    """Events to read at once: whole batches, and many of them where reading in bulk is what makes it fast."""
+    if source.live or not source.columnar:
+        return batch_size
+    return max(1, 65_536 // batch_size) * batch_size
+
+
+def make_schema(config: Config, events: Rows) -> Schema:
+    """Return the declared schema, or the one inferred from some first events."""
+    section = config.fields_
+    if section.fields is not None:
+        declared = [
+            Field(name, kind, max_categories=section.max_categories) for name, kind in section.fields.items()
+        ]
+        return Schema(declared, unknown=section.unknown)
+    sample = [_typical(events)] if isinstance(events, list) else events
+    return Schema.infer(sample, unknown=section.unknown, max_categories=section.max_categories)
+
+
+def make_model(section: ModelSection, schema: Schema) -> Mixture:
+    """Return the mixture, with a family for each field of the schema."""
+    makers: dict[str, Callable[[], Family]] = {
+        "gaussian": lambda: Gaussian(section.covariance_type),
+        "categorical": Categorical,
+        "bernoulli": Bernoulli,
+        "poisson": Poisson,
+        "exponential": Exponential,
+    }
+    for name in section.families:
+        if name not in schema.names:
+            raise ConfigError(
+                f"model.families.{name}: the events have no such field (they have: {', '.join(schema.names)})"
+            )
+    groups: dict[str, list[str]] = {}
+    for field in schema.fields:
+        family = section.families.get(field.name, _FAMILY_OF_KIND[field.kind])
+        groups.setdefault(section.family if section.family != "auto" else family, []).append(field.name)
+    families: dict[str | tuple[str, ...], Family] = {
+        tuple(names): makers[family]() for family, names in groups.items()
+    }
+    whole = next(iter(families.values())) if len(families) == 1 else Product(families)
+    options: dict[str, Any] = {"assignment": section.assignment}
+    if section.prior_weight is not None:
+        options["prior_weight"] = section.prior_weight
+    return Mixture(whole, section.n_components, **options)
+
+
+def make_online(config: Config, schema: Schema) -> OnlineEM:
+    """Return the learner of `run`."""
+    section = config.learner
+    return OnlineEM(
+        make_model(config.model, schema),
+        schedule=make_schedule(section),
+        schema=schema,
+        batch_size=section.batch_size,
+        warm_up=section.warm_up,
+        averaging=section.averaging,
+        seed=section.seed,
+    )
+
+
+def make_batch(config: Config, schema: Schema) -> BatchEM:
+    """Return the learner of `fit`."""
+    section = config.learner
+    return BatchEM(
+        make_model(config.model, schema),
+        schema=schema,
+        max_iter=section.max_iter,
+        tol=section.tol,
+        n_init=section.n_init,
+        seed=section.seed,
+    )
+
+
+def make_schedule(section: LearnerSection) -> Harmonic | RobbinsMonro | Constant | HalfLife:
+    """Return the step sizes."""
+    schedule = section.schedule
+    if isinstance(schedule, HarmonicSection):
+        return Harmonic()
+    if isinstance(schedule, ConstantSection):
+        return Constant(schedule.value)
+    if isinstance(schedule, HalfLifeSection):
+        return HalfLife(schedule.half_life)
+    return RobbinsMonro(schedule.alpha, schedule.offset)
+
+
+def _typical(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """An event that has, in each field, a value of the type most events have there.
+
+    Inferring from the first events as they come would let one bad value decide the kind of a field.
+    """
+    types: dict[str, Counter[str]] = {}
+    examples: dict[tuple[str, str], Any] = {}
+    for event in events:
+        for name, value in event.items():
+            counts = types.setdefault(name, Counter())
+            if value is None or value != value:  # NaN is the one value that differs from itself
+                continue
+            kind = "number" if type(value) in (int, float) else type(value).__name__
+            counts[kind] += 1
+            examples.setdefault((name, kind), value)
+    return {
+        name: examples[name, counts.most_common(1)[0][0]] if counts else None
+        for name, counts in types.items()
+    }

@@ -1,0 +1,484 @@
+"""The configuration of a job: a YAML file, overridden on the command line, checked key by key."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+Kind = Literal["numeric", "category", "flag", "count", "duration"]
+FamilyName = Literal["gaussian", "categorical", "bernoulli", "poisson", "exponential"]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key and what would be valid."""
+
+
+class Section(BaseModel):
+    """Base of the sections: unknown keys are refused and values are not converted behind the user's back."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class SourceSection(Section):
+    """Where the events come from."""
+
+    path: str | list[str] | None = None
+    """File, folder, glob pattern, a list of them, or `-` for standard input."""
+    river: str | None = None
+    """Name of a data set in `river.datasets`, instead of a path."""
+    format: Literal["auto", "parquet", "csv", "jsonl"] = "auto"
+    """Format of the files; `auto` goes by their names."""
+    label: str | None = None
+    """Column with the truth, kept from the model and used to rate the anomaly score."""
+    anomaly_labels: list[str | int | float | bool] | None = None
+    """Labels that mean anomaly; needed unless labels are 0 and 1 or false and true."""
+    time: str | None = None
+    """Column with the event time: seconds, a timestamp, or ISO 8601 text."""
+    weight: str | None = None
+    """Column with the weight of an event."""
+    exclude: list[str] = []
+    """Other columns kept from the model; they are carried into the scored events."""
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+    """Separator of CSV cells; default a comma, a tab for .tsv files."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Stop after this many events."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> SourceSection:
+        if (self.path is None) == (self.river is None):
+            raise ValueError("expected exactly one of 'path' and 'river'")
+        return self
+
+
+class SchemaSection(Section):
+    """Which fields the events have."""
+
+    fields: Annotated[dict[str, Kind], Field(min_length=1)] | None = None
+    """Kind of every field the model uses; left out, the fields are inferred from the first events."""
+    unknown: Literal["refuse", "ignore", "add"] = "refuse"
+    """What to do with a field that the schema does not have."""
+    max_categories: Annotated[int, Field(ge=1)] = 32
+    """Categories kept per field; the ones after that count as `other`."""
+
+
+class ModelSection(Section):
+    """The mixture model."""
+
+    family: Literal["auto", "gaussian", "categorical", "bernoulli", "poisson", "exponential"] = "auto"
+    """Family of all fields, or `auto`: by the kind of each field, numeric fields jointly."""
+    families: dict[str, FamilyName] = {}
+    """Families of single fields, where `auto` should not choose."""
+    covariance_type: Literal["full", "tied", "diag", "spherical"] = "full"
+    """Shape of the covariances of Gaussian components."""
+    n_components: Annotated[int, Field(ge=1)] = 8
+    """Number of components."""
+    prior_weight: Annotated[float, Field(gt=0.0)] | None = None
+    """Pseudo-events that the prior is worth in each component; left out, the library's default."""
+    assignment: Literal["soft", "hard"] = "soft"
+    """Whether an event is shared among components (EM) or given to one of them (as in k-means)."""
+
+
+class HarmonicSection(Section):
+    """Step size 1/t: every event counts the same for ever."""
+
+    kind: Literal["harmonic"]
+
+
+class RobbinsMonroSection(Section):
+    """Step size (t + offset)^-alpha."""
+
+    kind: Literal["robbins_monro"]
+    alpha: Annotated[float, Field(gt=0.5, le=1.0)] = 0.6
+    """Decay of the step size."""
+    offset: Annotated[float, Field(ge=0.0)] = 0.0
+    """Batches added to the count: larger means smaller first steps."""
+
+
+class ConstantSection(Section):
+    """The same step size for ever, to follow drift."""
+
+    kind: Literal["constant"]
+    value: Annotated[float, Field(gt=0.0, lt=1.0)]
+    """Weight of each new batch."""
+
+
+class HalfLifeSection(Section):
+    """An event's weight halves every `half_life` of event time."""
+
+    kind: Literal["half_life"]
+    half_life: Annotated[float, Field(gt=0.0)]
+    """In the units of `source.time`: seconds for timestamps."""
+
+
+ScheduleSection = Annotated[
+    HarmonicSection | RobbinsMonroSection | ConstantSection | HalfLifeSection, Field(discriminator="kind")
+]
+
+
+class LearnerSection(Section):
+    """How the model learns."""
+
+    schedule: ScheduleSection = RobbinsMonroSection(kind="robbins_monro")
+    """Step sizes of `run`."""
+    batch_size: Annotated[int, Field(ge=1)] = 1_000
+    """Events in a batch: `run` scores a batch, then learns from it."""
+    warm_up: Annotated[int, Field(ge=1)] | None = None
+    """Events collected before the first components are made; left out, the library's default."""
+    averaging: bool = False
+    """Whether `run` averages the parameters over the second half of the stream."""
+    seed: int = 0
+    """Seed of every random choice."""
+    max_iter: Annotated[int, Field(ge=1)] = 100
+    """Most passes over the source that `fit` makes."""
+    tol: Annotated[float, Field(ge=0.0)] = 1e-3
+    """`fit` stops when the mean log-posterior gains less than this."""
+    n_init: Annotated[int, Field(ge=1)] = 1
+    """Starts of `fit`; the best one is kept."""
+
+    @field_validator("schedule", mode="before")
+    @classmethod
+    def _short_schedule(cls, value: object) -> object:
+        return {"kind": value} if isinstance(value, str) else value
+
+
+class OutputSection(Section):
+    """What is written, and where."""
+
+    folder: str = "output"
+    """Folder for everything below."""
+    scored_events: str | None = "scored.parquet"
+    """File of scored events, or null for none."""
+    snapshot: str | None = "model.arrow"
+    """File of the learned model, or null for none."""
+    picture: str | None = "picture.png"
+    """Picture of the components and the run, or null for none."""
+    quarantine: str = "quarantine.jsonl"
+    """File of the events that could not be used, each with the reason; empty when all could."""
+    responsibilities: bool = False
+    """Whether scored events get a column with the responsibility of each component."""
+    prefix: str = ""
+    """Put before the names of the added columns, for events that have such columns already."""
+    on_error: Literal["quarantine", "raise"] = "quarantine"
+    """Whether an event that cannot be used is set aside or ends the run."""
+
+    @model_validator(mode="after")
+    def _distinct(self) -> OutputSection:
+        names = [self.scored_events, self.snapshot, self.picture, self.quarantine]
+        given = [name for name in names if name is not None]
+        if len(set(given)) < len(given):
+            raise ValueError("expected a different file name for each output")
+        return self
+
+
+class Config(Section):
+    """A whole job."""
+
+    source: SourceSection
+    fields_: SchemaSection = Field(default=SchemaSection(), alias="schema")
+    model: ModelSection = ModelSection()
+    learner: LearnerSection = LearnerSection()
+    output: OutputSection = OutputSection()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if isinstance(self.learner.schedule, HalfLifeSection) and self.source.time is None:
+            raise ValueError(
+                "learner.schedule 'half_life' forgets by event time: name its column in source.time"
+            )
+        if self.model.family != "auto" and self.model.families:
+            raise ValueError("model.families needs model.family: auto")
+        if self.fields_.fields:
+            for name in self.model.families:
+                if name not in self.fields_.fields:
+                    raise ValueError(f"model.families.{name}: schema.fields has no such field")
+            apart = [self.source.label, self.source.time, self.source.weight, *self.source.exclude]
+            for name in self.fields_.fields:
+                if name in apart:
+                    raise ValueError(f"schema.fields.{name}: is kept from the model by the source section")
+        return self
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `section.key=value` overrides, and check the result.
+
+    Raises
+    ------
+    ConfigError
+        When the file cannot be read or parsed, and for every unknown, missing or ill-typed key.
+
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not a text file; the configuration is a YAML file") from error
+    content = _parse(text, str(path))
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected sections such as 'source:', got {_shown(content)}")
+    return check_config(content, overrides, str(path))
+
+
+def check_config(
+    content: dict[str, Any], overrides: Sequence[str] = (), origin: str = "command line"
+) -> Config:
+    """Apply overrides to the content of a configuration, and check it.
+
+    >>> check_config({"source": {"path": "events.csv"}}, ["model.n_components=3"]).model.n_components
+    3
+    >>> check_config({"source": {"path": "events.csv"}, "learner": {"sede": 3}})
+    Traceback (most recent call last):
+    stream_em.cli.config.ConfigError: command line: learner.sede: no such key; did you mean 'seed'?
+
+    """
+    overridden = [_override(content, text) for text in overrides]
+    try:
+        return Config.model_validate(content)
+    except ValidationError as error:
+        lines = list(_explanations(error.errors(), content, overridden, origin))
+        raise ConfigError("\n".join(lines)) from None
+
+
+def _override(content: dict[str, Any], text: str) -> tuple[str, ...]:
+    key, sign, value = text.partition("=")
+    keys = tuple(key.strip().split("."))
+    if not sign or not all(keys):
+        raise ConfigError(
+            f"{text!r}: expected section.key=value, as in learner.batch_size=500{_nearest_path(keys, ())}"
+        )
+    # Names of data fields may hold dots; nothing else has a free name at the end.
+    for free in (("schema", "fields"), ("model", "families")):
+        if keys[:2] == free and len(keys) > 3:
+            keys = (*free, ".".join(keys[2:]))
+    section: Any = content
+    for depth, name in enumerate(keys[:-1]):
+        below = section.get(name)
+        if below is None:
+            below = section[name] = {}
+        elif keys[: depth + 1] == ("learner", "schedule") and isinstance(below, str):
+            below = section[name] = {"kind": below}
+        elif not isinstance(below, dict):
+            raise ConfigError(f"{text!r}: {'.'.join(keys[: depth + 1])} is a value and has no keys")
+        section = below
+    parsed = _parse(value, text)
+    if keys[:2] == ("learner", "schedule") and len(keys) == 3:
+        if keys[2] == "kind" and section.get("kind") != parsed:
+            # Another kind of schedule has other options.
+            section.clear()
+        else:
+            section.setdefault("kind", "robbins_monro")
+    section[keys[-1]] = parsed
+    return keys
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML, with two traps closed: `1e-3` is a number, and a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, (str, int, float, bool)) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands there twice", key_node.start_mark
+                )
+            if isinstance(key, (str, int, float, bool)):
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"),
+    list("-+0123456789."),
+)
+
+
+def _parse(text: str, origin: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        raise ConfigError(f"{origin}{where}: is not valid YAML: {error.problem}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{origin}: is not valid YAML: {error}") from error
+
+
+def _explanations(
+    errors: list[ErrorDetails], content: Mapping[str, Any], overridden: list[tuple[str, ...]], origin: str
+) -> Iterator[str]:
+    seen = set()
+    places = [_walk(error["loc"]) for error in errors]
+    for error, (keys, section) in zip(errors, places, strict=True):
+        if any(len(other) > len(keys) and other[: len(keys)] == keys for other, _ in places if keys):
+            # A list that does not fit is reported at the item that does not.
+            continue
+        place = "command line" if keys in overridden else origin
+        path = ".".join(keys)
+        if path in seen:
+            # The branches of one union each report the same value.
+            continue
+        seen.add(path)
+        kind = error["type"]
+        if kind == "extra_forbidden":
+            valid = _keys(section) if section is not None else []
+            near = difflib.get_close_matches(keys[-1], valid, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else _nearest_path(keys, valid)
+            yield f"{place}: {path}: no such key{hint}"
+        elif kind in ("missing", "union_tag_not_found"):
+            path = f"{path}.kind" if kind == "union_tag_not_found" else path
+            yield f"{place}: {path}: is missing"
+        elif kind == "value_error":
+            message = str(error["ctx"]["error"]) if "ctx" in error else error["msg"]
+            yield f"{place}: {path}: {message}" if path else f"{place}: {message}"
+        elif kind in ("literal_error", "union_tag_invalid"):
+            context = error.get("ctx", {})
+            path = f"{path}.kind" if kind == "union_tag_invalid" else path
+            allowed = re.findall(r"'([^']*)'", context.get("expected") or context.get("expected_tags", ""))
+            value = context.get("tag", error["input"])
+            near = difflib.get_close_matches(str(value), allowed, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            yield f"{place}: {path}: expected one of {', '.join(allowed)}, got {_shown(value)}{hint}"
+        else:
+            expected = _expected(error)
+            yield f"{place}: {path or 'configuration'}: expected {expected}, got {_shown(error['input'])}"
+
+
+def _expected(error: ErrorDetails) -> str:
+    message = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    message = {
+        "dictionary or instance of": "a mapping of keys to values",
+        "dictionary": "a mapping of keys to values",
+    }.get(" ".join(message.split()[:3]), message)
+    articles = {
+        "string": "a text",
+        "integer": "a whole number",
+        "number": "a number",
+        "boolean": "true or false",
+        "list": "a list",
+    }
+    if message.startswith("dictionary"):
+        return "keys with values below it"
+    return articles.get(message, message)
+
+
+def _walk(location: tuple[int | str, ...]) -> tuple[tuple[str, ...], type[BaseModel] | None]:
+    """The keys in the file that lead to a place in the model, and the section the last one stands in."""
+    keys: list[str] = []
+    section: type[BaseModel] | None = Config
+    annotation: Any = None
+    for part in location:
+        if section is not None:
+            known = {info.alias or name: info.annotation for name, info in section.model_fields.items()}
+            keys.append(str(part))
+            if part not in known:
+                return tuple(keys), section
+            annotation = known[str(part)]
+            inner = _models(annotation)
+            following = inner[0] if len(inner) == 1 else None
+            if len(location) > len(keys) and (following is not None or len(inner) > 1):
+                section = following
+                continue
+            return (tuple(keys), section) if len(location) == len(keys) else (_plain(keys, location), None)
+        # Pydantic puts the tag of a union between the key and what is below it; it is no key of the file.
+        tagged = [one for one in _models(annotation) if part in get_args(one.model_fields["kind"].annotation)]
+        if not tagged:
+            return _plain(keys, location), None
+        rest = location[location.index(part) + 1 :]
+        if not rest:
+            return tuple(keys), tagged[0]
+        return (*keys, *map(str, rest)), tagged[0]
+    return tuple(keys), section
+
+
+def _plain(keys: list[str], location: tuple[int | str, ...]) -> tuple[str, ...]:
+    # Below a key with a value of several types, Pydantic adds names of types; keep field names and positions.
+    types = {"str", "int", "float", "bool", "[key]"}
+    rest = [
+        str(part)
+        for part in location[len(keys) :]
+        if isinstance(part, int)
+        or (part not in types and not re.match(r"(list|dict|literal|function)\[", part))
+    ]
+    return (*keys, *rest)
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    origin = get_origin(annotation)
+    if origin is Annotated or origin is Union or str(origin) == "<class 'types.UnionType'>":
+        return [model for inner in get_args(annotation) for model in _models(inner)]
+    return []
+
+
+def _keys(section: type[BaseModel]) -> list[str]:
+    return [info.alias or name for name, info in section.model_fields.items()]
+
+
+def _all_paths(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    for name, info in section.model_fields.items():
+        path = f"{prefix}{info.alias or name}"
+        inner = _models(info.annotation)
+        if not inner:
+            yield path
+        for model in inner:
+            yield from _all_paths(model, f"{path}.")
+
+
+def describe_keys() -> list[tuple[str, str]]:
+    """Dotted path of every key, with what it means and its default."""
+    described = []
+    for name, info in Config.model_fields.items():
+        for section in _models(info.annotation):
+            prefix = info.alias or name
+            for key, inner in section.model_fields.items():
+                nested = _models(inner.annotation)
+                text = " ".join((inner.description or "").split())
+                if nested:
+                    kinds = [get_args(one.model_fields["kind"].annotation)[0] for one in nested]
+                    described.append((f"{prefix}.{key}", f"{text} One of {', '.join(kinds)}."))
+                    for kind, one in zip(kinds, nested, strict=True):
+                        described.extend(
+                            (f"{prefix}.{key}.{option}", f"({kind}) {more.description}{_default(more)}")
+                            for option, more in one.model_fields.items()
+                            if option != "kind"
+                        )
+                else:
+                    described.append((f"{prefix}.{key}", f"{text}{_default(inner)}"))
+    return described
+
+
+def _default(info: FieldInfo) -> str:
+    if info.is_required() or info.default in (None, [], {}, ""):
+        return ""
+    return f" Default: {str(info.default).lower() if isinstance(info.default, bool) else info.default}."
+
+
+def _nearest_path(keys: Sequence[str], valid: Sequence[str]) -> str:
+    """The dotted path that was probably meant, or else the keys that there are."""
+    paths = list(dict.fromkeys(_all_paths()))
+    by_name = {path.rpartition(".")[2]: path for path in reversed(paths)}
+    near = difflib.get_close_matches(keys[-1], by_name, n=1, cutoff=0.8)
+    if near:
+        return f"; did you mean {by_name[near[0]]!r}?"
+    near = difflib.get_close_matches(".".join(keys), paths, n=1, cutoff=0.7)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f" (there are: {', '.join(valid)})" if valid else ""
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,88 @@
+"""What a person sees: progress, tables, messages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from stream_em import BatchEM, OnlineEM
+
+_SECONDS_BETWEEN_LINES = 5.0
+_SECONDS_BETWEEN_FRAMES = 0.1
+
+
+class Progress:
+    """One live line on a terminal; elsewhere a plain line every few seconds, without control codes."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = (
+            Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        )
+        self._started = time.perf_counter()
+        self._shown = self._started
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._started
+
+    def due(self) -> bool:
+        """Whether it is time to show something again."""
+        wait = _SECONDS_BETWEEN_LINES if self._live is None else _SECONDS_BETWEEN_FRAMES
+        return time.perf_counter() - self._shown >= wait
+
+    def show(self, n_events: int, **facts: str) -> None:
+        """Show the number of events, their rate, and other facts by name."""
+        self._shown = time.perf_counter()
+        rate = n_events / max(self.seconds, 1e-9)
+        parts = [f"{n_events:,} events", f"{rate:,.0f} events/s"]
+        parts.extend(f"{name.replace('_', ' ')} {value}" for name, value in facts.items())
+        line = " · ".join(parts)
+        if self._live is None:
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            self._live.update(Text(line, style="cyan", overflow="ellipsis", no_wrap=True), refresh=True)
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, __: object, ___: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """Print a line as it is: paths and values are not markup, and are not wrapped when piped."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def component_table(learner: OnlineEM | BatchEM, n_fields: int = 4) -> Table:
+    """Table of components by weight: id, weight, and the fields that set each apart."""
+    table = Table(title="components", title_justify="left", title_style="bold", header_style="bold")
+    table.add_column("id", justify="right", no_wrap=True)
+    table.add_column("weight", justify="right", no_wrap=True)
+    table.add_column("what sets it apart", overflow="fold")
+    for component in sorted(learner.describe(), key=lambda component: -component.weight):
+        telling = "   ".join(f"{field.name} {field.text}" for field in component.fields[:n_fields])
+        table.add_row(str(component.id), f"{component.weight:.2%}", Text(telling))
+    return table
+
+
+def facts_table(facts: Iterable[tuple[str, Any]]) -> Table:
+    """Two columns without a frame: names and values."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts:
+        table.add_row(name, Text(str(value)))
+    return table

@@ -1,0 +1,571 @@
+"""What the commands `run`, `fit` and `score` do."""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich.console import Console
+
+from stream_em import Batch, BatchEM, OnlineEM, Schema, load, save
+from stream_em.cli.build import chunk_rows, make_batch, make_online, make_schema, make_source
+from stream_em.cli.config import Config, SourceSection
+from stream_em.cli.display import Progress, component_table, say
+from stream_em.cli.outputs import PendingFile, Quarantine, ScoredEvents
+from stream_em.cli.ranking import RankingScore
+from stream_em.schema import EventError
+from stream_em.sources import Chunk, Rejection, Rows, Source, SourceError
+
+# Points of the history that the picture draws; more would not be seen.
+_MOST_POINTS = 512
+
+
+class DataError(ValueError):
+    """Events that cannot be used, found by a job."""
+
+
+def run(config: Config, console: Console) -> None:
+    """Score each batch of events, then learn from it; write scores, snapshot, picture and quarantine."""
+    output = config.output
+    folder = Path(output.folder)
+    source = make_source(config.source, fields=config.fields_.fields)
+    ranking = _Ranking(config.source)
+    history = _History()
+    learner: OnlineEM | None = None
+    scored: ScoredEvents | None = None
+    n_learned = 0
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        quarantine = stack.enter_context(Quarantine(folder / output.quarantine))
+        progress = stack.enter_context(Progress(console))
+        for chunk in _until_stopped(source.chunks(chunk_rows(source, config.learner.batch_size)), stop):
+            _set_aside(chunk.rejected, quarantine, config)
+            if not len(chunk):
+                continue
+            if learner is None:
+                learner = make_online(config, make_schema(config, chunk.events))
+                if output.scored_events is not None:
+                    scored = stack.enter_context(
+                        _scored_file(config, folder / output.scored_events, learner.schema)
+                    )
+            parts = _Parts()
+            for start in range(0, len(chunk), config.learner.batch_size):
+                span = slice(start, start + config.learner.batch_size)
+                batch = _encode(learner, chunk, span, quarantine, config, learning=True)
+                if batch.n_events:
+                    warming_up = learner.warming_up
+                    prediction = learner.predict_then_update(batch)
+                    parts.add(start, batch, prediction, keep_responsibilities=output.responsibilities)
+                    ranking.add(chunk.label, parts.kept[-1], prediction.log_prob, warming_up)
+                    n_learned += batch.n_events
+                    history.add(n_learned, prediction.log_prob, learner, warming_up)
+                    if progress.due():
+                        progress.show(n_learned, **history.facts(learner))
+                if stop.requested:
+                    break
+            if scored is not None:
+                parts.write(scored, chunk, learner)
+        if learner is None or n_learned == 0:
+            raise DataError(_nothing_usable(source, quarantine))
+        written = [quarantine.path] if quarantine.count else []
+        if scored is not None:
+            written.insert(0, scored.path)
+        if output.snapshot is not None:
+            save(learner, folder / output.snapshot, metadata={"source": source.name})
+            written.append(folder / output.snapshot)
+        if output.picture is not None:
+            _picture(folder / output.picture, lambda path: _plots().plot_run(learner, history.points(), path))
+            written.append(folder / output.picture)
+        seconds = progress.seconds
+    if stop.requested:
+        say(
+            console,
+            f"stopped by {stop.name} after the batch in hand; everything learned until then is kept",
+            "yellow",
+        )
+    say(
+        console,
+        f"{n_learned:,} events from {source.name} in {seconds:.1f} s ({n_learned / seconds:,.0f} events/s), "
+        f"mean log-likelihood {history.mean:.4f}, effective components {learner.effective_components:.2f}",
+        "bold",
+    )
+    _report(console, learner, quarantine, None if scored is None else scored.left_out)
+    ranking.report(console)
+    _list_files(console, written)
+
+
+def fit(config: Config, console: Console) -> None:
+    """Fit by batch EM, reading the source once for each iteration; write the snapshot and a picture."""
+    output = config.output
+    folder = Path(output.folder)
+    source = make_source(config.source, fields=config.fields_.fields)
+    if not source.restartable:
+        raise SourceError(
+            f"{source.name}: fit reads its source once for each iteration, and this one can be read only "
+            "once; write it to a file first, or use run"
+        )
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        quarantine = stack.enter_context(Quarantine(folder / output.quarantine))
+        progress = stack.enter_context(Progress(console))
+        rows = chunk_rows(source, config.learner.batch_size)
+        learner: BatchEM | None = None
+        for chunk in source.chunks(rows):
+            if len(chunk):
+                learner = make_batch(config, make_schema(config, chunk.events))
+                break
+        if learner is None:
+            for chunk in source.chunks(rows):
+                _set_aside(chunk.rejected, quarantine, config)
+            raise DataError(_nothing_usable(source, quarantine))
+        fitted = learner
+        n_read = passes = 0
+
+        def batches() -> Iterator[Batch]:
+            nonlocal n_read, passes
+            passes += 1
+            # Events that cannot be used are the same in every pass.
+            first = quarantine if passes == 1 else None
+            for chunk in source.chunks(rows):
+                if stop.requested:
+                    raise KeyboardInterrupt
+                if first is not None:
+                    _set_aside(chunk.rejected, first, config)
+                if not len(chunk):
+                    continue
+                batch = _encode(fitted, chunk, slice(0, len(chunk)), first, config, learning=True)
+                n_read += batch.n_events
+                if batch.n_events:
+                    yield batch
+                if progress.due():
+                    progress.show(n_read, reading=f"pass {passes}", **_log_posterior(fitted))
+
+        fitted.fit(batches)
+        written = [quarantine.path] if quarantine.count else []
+        if output.snapshot is not None:
+            save(fitted, folder / output.snapshot, metadata={"source": source.name})
+            written.append(folder / output.snapshot)
+        if output.picture is not None:
+            draw_learner(fitted, folder / output.picture)
+            written.append(folder / output.picture)
+        seconds = progress.seconds
+    n_iterations = len(fitted.history)
+    ending = "converged" if fitted.converged else "stopped before it converged: raise learner.max_iter"
+    say(
+        console,
+        f"{fitted.n_events:,} events from {source.name}, {passes} passes in {seconds:.1f} s "
+        f"({n_read / seconds:,.0f} events/s), {n_iterations} iterations, {ending}; "
+        f"mean log-posterior {fitted.history[-1]:.4f}",
+        "bold",
+    )
+    _report(console, fitted, quarantine, None)
+    _list_files(console, written)
+
+
+def score(snapshot: Path, config: Config, console: Console) -> None:
+    """Score a source with a learned model, without learning from it."""
+    output = config.output
+    if output.scored_events is None:
+        raise DataError("score has nothing to write: output.scored_events is null")
+    learner = load(snapshot)
+    if learner.schema is None:
+        raise DataError(f"{snapshot}: the model has not seen any event and knows no fields")
+    kinds = {field.name: field.kind for field in learner.schema.fields}
+    source = make_source(config.source, fields=kinds, only=learner.schema.names)
+    ranking = _Ranking(config.source)
+    total = 0.0
+    folder = Path(output.folder)
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        quarantine = stack.enter_context(Quarantine(folder / output.quarantine))
+        scored = stack.enter_context(_scored_file(config, folder / output.scored_events, learner.schema))
+        progress = stack.enter_context(Progress(console))
+        for chunk in _until_stopped(source.chunks(chunk_rows(source, config.learner.batch_size)), stop):
+            _set_aside(chunk.rejected, quarantine, config)
+            if not len(chunk):
+                continue
+            batch = _encode(learner, chunk, slice(0, len(chunk)), quarantine, config, learning=False)
+            if batch.n_events:
+                parts = _Parts()
+                prediction = learner.score_events(batch)
+                parts.add(0, batch, prediction, keep_responsibilities=output.responsibilities)
+                ranking.add(chunk.label, parts.kept[-1], prediction.log_prob, warming_up=False)
+                parts.write(scored, chunk, learner)
+                total += float(prediction.log_prob.sum())
+            if progress.due():
+                progress.show(scored.count, mean_log_likelihood=f"{total / max(scored.count, 1):.4f}")
+        if not scored.count:
+            raise DataError(_nothing_usable(source, quarantine))
+        seconds = progress.seconds
+    if stop.requested:
+        say(
+            console,
+            f"stopped by {stop.name} after the batch in hand; the scores until then are kept",
+            "yellow",
+        )
+    say(
+        console,
+        f"{scored.count:,} events from {source.name} scored in {seconds:.1f} s "
+        f"({scored.count / seconds:,.0f} events/s), mean log-likelihood {total / scored.count:.4f}",
+        "bold",
+    )
+    _report_counts(console, quarantine, scored.left_out, {})
+    ranking.report(console)
+    _list_files(console, [scored.path, *([quarantine.path] if quarantine.count else [])])
+
+
+class StopRequest:
+    """Ctrl-C and a polite kill, heeded between batches.
+
+    A signal sets `requested`. Only while the job waits for its source does it also raise KeyboardInterrupt,
+    since standard input may never say another word. A second signal interrupts whatever goes on.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.name = ""
+        self._waiting = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        again, self.requested = self.requested, True
+        self.name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        if again or self._waiting:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Be interrupted at once in this block."""
+        self._waiting = True
+        try:
+            yield
+        finally:
+            self._waiting = False
+
+
+def _until_stopped(chunks: Iterator[Chunk], stop: StopRequest) -> Iterator[Chunk]:
+    while not stop.requested:
+        try:
+            with stop.waiting():
+                chunk = next(chunks, None)
+        except KeyboardInterrupt:
+            return
+        if chunk is None:
+            return
+        yield chunk
+
+
+class _Parts:
+    """What was predicted for a chunk, batch by batch."""
+
+    def __init__(self) -> None:
+        self.kept: list[npt.NDArray[np.intp]] = []
+        self._component: list[npt.NDArray[np.int64]] = []
+        self._log_prob: list[npt.NDArray[np.float64]] = []
+        self._responsibilities: list[npt.NDArray[np.float64]] = []
+        self._gaps = False
+
+    def add(self, start: int, batch: Batch, prediction: Any, *, keep_responsibilities: bool) -> None:
+        if batch.accepted is None:
+            self.kept.append(np.arange(start, start + batch.n_events))
+        else:
+            self.kept.append(start + batch.accepted)
+            self._gaps = True
+        self._component.append(prediction.component)
+        self._log_prob.append(prediction.log_prob)
+        if keep_responsibilities:
+            self._responsibilities.append(prediction.responsibilities)
+
+    def write(self, scored: ScoredEvents, chunk: Chunk, learner: OnlineEM | BatchEM) -> None:
+        if not self.kept:
+            return
+        kept = np.concatenate(self.kept)
+        whole = not self._gaps and len(kept) == kept[-1] + 1
+        scored.add(
+            chunk,
+            slice(0, len(kept)) if whole else kept,
+            np.concatenate(self._component),
+            np.concatenate(self._log_prob),
+            np.concatenate(self._responsibilities) if self._responsibilities else None,
+            learner.parameters.component_ids.tolist(),
+        )
+
+
+class _History:
+    """How a run went, at no more than `_MOST_POINTS` points: neighbours are joined when there are more."""
+
+    def __init__(self) -> None:
+        self._points: list[tuple[int, float, int, npt.NDArray[np.float64]]] = []
+        self._open = (0.0, 0)
+        self._stride = 1
+        self._n_batches = 0
+        self._total = 0.0
+        self._count = 0
+
+    def add(
+        self, n_events: int, log_prob: npt.NDArray[np.float64], learner: OnlineEM, warming_up: bool
+    ) -> None:
+        if warming_up:
+            return
+        total = float(log_prob.sum())
+        self._total += total
+        self._count += len(log_prob)
+        self._open = (self._open[0] + total, self._open[1] + len(log_prob))
+        self._n_batches += 1
+        if self._n_batches % self._stride == 0:
+            self._points.append((n_events, *self._open, np.array(learner.parameters.weights)))
+            self._open = (0.0, 0)
+            if len(self._points) >= _MOST_POINTS:
+                pairs = zip(self._points[::2], self._points[1::2], strict=True)
+                self._points = [(b[0], a[1] + b[1], a[2] + b[2], b[3]) for a, b in pairs]
+                self._stride *= 2
+
+    @property
+    def mean(self) -> float:
+        """Mean log-likelihood of all events scored after the warm-up."""
+        return self._total / self._count if self._count else float("nan")
+
+    def points(self) -> list[tuple[int, float, npt.NDArray[np.float64]]]:
+        """Events so far, mean log-likelihood since the point before, weights."""
+        return [(n_events, total / count, weights) for n_events, total, count, weights in self._points]
+
+    def facts(self, learner: OnlineEM) -> dict[str, str]:
+        if not self._count:
+            return {"warming": "up"}
+        return {
+            "mean_log_likelihood": f"{self.mean:.4f}",
+            "effective_components": f"{learner.effective_components:.2f}",
+        }
+
+
+class _Ranking:
+    """ROC-AUC of the anomaly score -log p(x), when the source has labels."""
+
+    def __init__(self, section: SourceSection) -> None:
+        self._score = RankingScore()
+        self._wanted = section.label is not None or section.river is not None
+        self._given = section.anomaly_labels
+        self._unlabelled = 0
+        self._problem = ""
+
+    def add(
+        self,
+        label: pa.ChunkedArray | None,
+        kept: npt.NDArray[np.intp],
+        log_prob: npt.NDArray[np.float64],
+        warming_up: bool,
+    ) -> None:
+        if label is None or warming_up or self._problem or not self._wanted:
+            return
+        label = label.slice(int(kept[0]), int(kept[-1] - kept[0]) + 1)
+        if len(label) > len(kept):
+            label = label.take(pa.array(kept - kept[0]))
+        there = np.asarray(label.is_valid())
+        anomalous = self._anomalous(label)
+        if anomalous is not None:
+            self._unlabelled += int(np.count_nonzero(~there))
+            self._score.add(-log_prob[there], anomalous[there])
+
+    def _anomalous(self, label: pa.ChunkedArray) -> npt.NDArray[np.bool_] | None:
+        if pa.types.is_dictionary(label.type):
+            label = label.cast(label.type.value_type)
+        if self._given is not None:
+            texts = [str(value) for value in self._given]
+            if pa.types.is_boolean(label.type):
+                texts = [text.lower() for text in texts]
+            # Otherwise compared as text, so that 1 in the configuration is both 1 and "1" in the data.
+            elif pa.types.is_floating(label.type):
+                numbers = pa.array([float(text) for text in texts if _is_number(text)], pa.float64())
+                return np.asarray(pc.is_in(label, value_set=numbers.cast(label.type)))
+            return np.asarray(pc.is_in(label.cast(pa.string()), value_set=pa.array(texts, pa.string())))
+        if pa.types.is_boolean(label.type):
+            return np.asarray(label.fill_null(False))
+        if pa.types.is_integer(label.type) or pa.types.is_floating(label.type):
+            values = np.asarray(label.cast(pa.float64()).fill_null(0.0))
+            if np.isin(values, (0.0, 1.0)).all():
+                return values == 1.0
+        if pa.types.is_null(label.type):
+            return np.zeros(len(label), bool)
+        example = next(value for value in label.to_pylist() if value not in (None, 0, 1))
+        self._problem = (
+            f"no ROC-AUC: the labels are not 0 and 1 (there is {example!r}); say which of them mean anomaly in "
+            "source.anomaly_labels"
+        )
+        return None
+
+    def report(self, console: Console) -> None:
+        if not self._wanted:
+            return
+        score = self._score
+        if self._problem:
+            say(console, self._problem, "yellow")
+        elif not score.defined:
+            found = (
+                "anomalies"
+                if score.n_anomalous
+                else "normal events"
+                if score.n_normal
+                else "no labelled events"
+            )
+            say(console, f"no ROC-AUC: after the warm-up there were only {found}", "yellow")
+        else:
+            bound = f" ± {score.bound:.1g}" if score.bound else ""
+            unlabelled = f", {self._unlabelled:,} without a label" if self._unlabelled else ""
+            say(
+                console,
+                f"ROC-AUC of -log p(x) against the labels, after the warm-up: {score.area:.4f}{bound} "
+                f"({score.n_anomalous:,} anomalies, {score.n_normal:,} normal{unlabelled})",
+                "bold green",
+            )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _encode(
+    learner: OnlineEM | BatchEM,
+    chunk: Chunk,
+    span: slice,
+    quarantine: Quarantine | None,
+    config: Config,
+    *,
+    learning: bool,
+) -> Batch:
+    """Encode some events of a chunk; those that cannot be used go to the quarantine."""
+    whole = span.start == 0 and span.stop >= len(chunk)
+    events: Rows = chunk.events
+    if not whole:
+        events = (
+            events[span] if isinstance(events, list) else events.slice(span.start, span.stop - span.start)
+        )
+    batch: Batch = learner.encode(
+        events,
+        weight=None if chunk.weight is None or not learning else chunk.weight[span],
+        time=None if chunk.time is None or not learning else chunk.time[span],
+        on_error="collect",
+        extend=learning,
+    )
+    if quarantine is not None:
+        for error in batch.rejected:
+            rejection = _explain(error, chunk, span.start + error.index, config)
+            _set_aside((rejection,), quarantine, config)
+    return batch
+
+
+def _explain(error: EventError, chunk: Chunk, row: int, config: Config) -> Rejection:
+    field, value = error.field, error.value
+    named = {"time": config.source.time, "weight": config.source.weight}
+    column = named.get(field or "")
+    if column is not None:
+        # The engine knows event time and weight by these names; the person knows the column.
+        event = chunk.reject(row, None, None, "").event
+        field, value = column, event.get(column) if isinstance(event, dict) else value
+    return chunk.reject(row, field, value, f"expected {error.expected}")
+
+
+def _set_aside(rejections: tuple[Rejection, ...], quarantine: Quarantine, config: Config) -> None:
+    for rejection in rejections:
+        if config.output.on_error == "raise":
+            raise DataError(f"{rejection} (output.on_error is 'raise')")
+        quarantine.add(rejection)
+
+
+def _scored_file(config: Config, path: Path, schema: Schema | None) -> ScoredEvents:
+    if schema is None:
+        raise AssertionError("the schema is known once the learner is made")
+    section = config.source
+    carried = dict.fromkeys(section.exclude, "excluded")
+    label = section.label or ("label" if section.river is not None else None)
+    for role, name in (("label", label), ("time", section.time), ("weight", section.weight)):
+        if name is not None:
+            carried[name] = role
+    output = config.output
+    return ScoredEvents(path, schema, carried, prefix=output.prefix, responsibilities=output.responsibilities)
+
+
+def _plots() -> Any:
+    try:
+        from stream_em import plots
+    except ModuleNotFoundError as error:
+        raise DataError(
+            "a picture needs matplotlib: pip install 'stream-em[plots]', or set output.picture=null"
+        ) from error
+    return plots
+
+
+def draw_learner(learner: OnlineEM | BatchEM, path: Path) -> None:
+    """Write a picture of the components."""
+    _picture(path, lambda pending: _plots().plot_learner(learner, pending))
+
+
+def _picture(path: Path, draw: Callable[[Path], Any]) -> None:
+    file = PendingFile(path)
+    try:
+        draw(file.pending)
+        file.commit()
+    finally:
+        file.discard()
+
+
+def _log_posterior(learner: BatchEM) -> dict[str, str]:
+    return {"mean_log_posterior": f"{learner.history[-1]:.4f}"} if learner.history else {}
+
+
+def _nothing_usable(source: Source, quarantine: Quarantine) -> str:
+    if not quarantine.count:
+        return f"{source.name}: no event was learned from"
+    reason, count = quarantine.reasons.most_common(1)[0]
+    return (
+        f"{source.name}: none of its {quarantine.count:,} events could be used; {count:,} of them because of "
+        f"{reason}"
+    )
+
+
+def _report(
+    console: Console, learner: OnlineEM | BatchEM, quarantine: Quarantine, left_out: Counter[str] | None
+) -> None:
+    console.print(component_table(learner))
+    _report_counts(console, quarantine, left_out or Counter(), learner.ignored_fields)
+
+
+def _report_counts(
+    console: Console, quarantine: Quarantine, left_out: Counter[str], ignored: dict[str, int]
+) -> None:
+    if quarantine.count:
+        say(console, f"{quarantine.count:,} events could not be used and are in quarantine:", "yellow")
+        for reason, count in quarantine.reasons.most_common(5):
+            say(console, f"  {count:,} × {reason}")
+        if len(quarantine.reasons) > 5:
+            say(console, f"  and {len(quarantine.reasons) - 5} more reasons")
+    for name, count in ignored.items():
+        say(console, f"field {name!r} is not in the schema and was ignored in {count:,} events", "yellow")
+    for name, count in left_out.items():
+        say(console, f"field {name!r} of {count:,} events has no place in the scored events", "yellow")
+
+
+def _list_files(console: Console, paths: list[Path]) -> None:
+    for path in paths:
+        say(console, f"wrote {path}")

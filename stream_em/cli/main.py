@@ -1,0 +1,292 @@
+"""The command `stream-em`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+try:
+    import typer
+    from rich.console import Console
+
+    from stream_em.cli.config import Config, ConfigError, check_config, describe_keys, load_config
+except ModuleNotFoundError as error:
+    if (error.name or "").startswith("stream_em"):
+        raise
+    raise SystemExit(
+        f"stream-em: the command needs {error.name}, which is not installed: pip install 'stream-em[cli]'"
+    ) from error
+
+from stream_em import EventError, FamilyError, MergeError, SchemaError, SnapshotError, load, save
+from stream_em.cli import jobs
+from stream_em.cli.display import component_table, facts_table, say
+from stream_em.sources import SourceError
+
+# Usage errors, which Typer reports, leave with 2 as well.
+EXIT_DATA = 1
+EXIT_CONFIG = 2
+EXIT_INTERRUPTED = 130
+
+_DATA_ERRORS = (
+    SourceError,
+    EventError,
+    SchemaError,
+    SnapshotError,
+    MergeError,
+    jobs.DataError,
+    OSError,
+)
+
+
+def _epilog(*examples: tuple[str, str], keys: bool = False) -> str:
+    lines = ["[bold]Examples[/bold]"]
+    lines += [f"{what}:\n\n    [cyan]{command}[/cyan]" for what, command in examples]
+    if keys:
+        lines.append("[bold]Keys of the YAML file[/bold], and of section.key=value on the command line")
+        lines += [f"[cyan]{path}[/cyan]  {text}" for path, text in describe_keys()]
+    return "\n\n".join(lines)
+
+
+app = typer.Typer(
+    name="stream-em",
+    help="Clusters and anomaly scores for streams of events, by online and batch EM.",
+    epilog=_epilog(
+        ("Cluster NASA's shuttle readings as they come", "stream-em run configs/shuttle.yaml"),
+        ("Your own file", "stream-em run configs/events.yaml source.path=my.parquet"),
+        ("What was learned", "stream-em show output/events/model.arrow"),
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file that describes the job.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Any key of the YAML file as section.key=value; the value is read as YAML.",
+        show_default=False,
+    ),
+]
+SnapshotFile = Annotated[
+    Path, typer.Argument(metavar="SNAPSHOT", help="Snapshot that run, fit or merge wrote (.arrow).")
+]
+
+
+@app.command(
+    epilog=_epilog(
+        ("The demo", "stream-em run configs/shuttle.yaml"),
+        (
+            "More components, smaller batches",
+            "stream-em run job.yaml model.n_components=12 learner.batch_size=500",
+        ),
+        (
+            "From a pipe, one JSON object a line",
+            "tail -F events.jsonl | stream-em run job.yaml source.path=-",
+        ),
+        ("Two columns are not for the model", "stream-em run job.yaml 'source.exclude=[id, comment]'"),
+        (
+            "Follow drift, by event time",
+            "stream-em run job.yaml source.time=ts 'learner.schedule={kind: half_life, half_life: 3600}'",
+        ),
+        ("Stop at the first bad event", "stream-em run job.yaml output.on_error=raise"),
+        keys=True,
+    )
+)
+def run(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Score each batch of events, then learn from it (online EM).
+
+    Writes the scored events, a snapshot of the model, a picture, and the events that could not be used.
+    Ctrl-C finishes the batch in hand and writes everything.
+    """
+    jobs.run(load_config(config, overrides or []), Console())
+
+
+@app.command(
+    epilog=_epilog(
+        ("Ten starts, the best is kept", "stream-em fit job.yaml learner.n_init=10"),
+        ("Until the gain is tiny", "stream-em fit job.yaml learner.tol=1e-6 learner.max_iter=500"),
+        keys=True,
+    )
+)
+def fit(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Fit a model by batch EM, which reads the source once for each iteration.
+
+    Writes a snapshot, a picture, and the events that could not be used. Memory does not depend on the number
+    of events.
+    """
+    jobs.fit(load_config(config, overrides or []), Console())
+
+
+@app.command(
+    epilog=_epilog(
+        ("A file", "stream-em score model.arrow new.parquet -o scored.parquet"),
+        ("The source of a job", "stream-em score model.arrow job.yaml output.responsibilities=true"),
+        (
+            "With the truth at hand, to rate the score",
+            "stream-em score model.arrow new.csv source.label=fraud",
+        ),
+        ("A River data set", "stream-em score output/shuttle/model.arrow river:Shuttle"),
+    )
+)
+def score(
+    snapshot: SnapshotFile,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Events: a file, folder or glob pattern, - for standard input, river:NAME, or a job's YAML file.",
+        ),
+    ],
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Parquet file to write.", show_default=False)
+    ] = None,
+) -> None:
+    """Score events with a learned model, without learning from them.
+
+    Columns that the model does not know are carried along.
+    """
+    jobs.score(snapshot, _score_config(source, overrides or [], output), Console())
+
+
+@app.command(epilog=_epilog(("The demo's model", "stream-em show output/shuttle/model.arrow")))
+def show(
+    snapshot: SnapshotFile,
+    fields: Annotated[int, typer.Option("--fields", "-n", min=1, help="Fields to list per component.")] = 4,
+) -> None:
+    """Show the components of a learned model: id, weight, and the fields that set each apart."""
+    learner = load(snapshot)
+    schema = learner.schema
+    console = Console()
+    facts: list[tuple[str, Any]] = [
+        ("learner", type(learner).__name__),
+        ("model", repr(learner.model)),
+        ("events", f"{learner.n_events:,}"),
+        ("effective components", f"{learner.effective_components:.2f} of {learner.model.n_components}"),
+    ]
+    if schema is not None:
+        facts.append(("fields", ", ".join(f"{field.name} ({field.kind})" for field in schema.fields)))
+    console.print(facts_table(facts))
+    console.print(component_table(learner, fields))
+
+
+@app.command(epilog=_epilog(("The demo's model", "stream-em plot output/shuttle/model.arrow -o shuttle.png")))
+def plot(
+    snapshot: SnapshotFile,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Picture to write: .png, .svg or .pdf. Default: the snapshot's name, ending in .png.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Draw the components of a learned model."""
+    learner = load(snapshot)
+    path = output or snapshot.with_suffix(".png")
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise ConfigError(f"--output {path}: expected a name ending in .png, .svg or .pdf")
+    jobs.draw_learner(learner, path)
+    say(Console(), f"wrote {path}")
+
+
+@app.command(
+    epilog=_epilog(
+        (
+            "Two workers that started from one model",
+            "stream-em merge monday.arrow tuesday.arrow -o both.arrow",
+        )
+    )
+)
+def merge(
+    snapshots: Annotated[
+        list[Path],
+        typer.Argument(metavar="SNAPSHOT SNAPSHOT...", help="Snapshots of one model, two or more."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Snapshot to write.", show_default=False)],
+) -> None:
+    """Merge snapshots of one model that learned from different events.
+
+    Their components are matched by id, so they must descend from the same model.
+    """
+    if len(snapshots) < 2:
+        raise ConfigError("merge needs two snapshots or more")
+    # A learner merges with its own kind and says so otherwise.
+    merged: Any = load(snapshots[0])
+    for path in snapshots[1:]:
+        other = load(path)
+        try:
+            merged = merged.merge(other)
+        except (MergeError, SchemaError) as error:
+            raise jobs.DataError(f"{snapshots[0]} and {path} do not merge: {error}") from error
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save(merged, output)
+    console = Console()
+    console.print(component_table(merged))
+    say(console, f"wrote {output} ({merged.n_events:,} events)")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"stream-em {version('stream-em')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    del show_version
+
+
+def _score_config(source: str, overrides: list[str], output: Path | None) -> Config:
+    if Path(source).suffix in (".yaml", ".yml"):
+        chosen = [] if output is None else _chosen(output)
+        return load_config(source, [*overrides, *chosen])
+    origin = {"river": source.removeprefix("river:")} if source.startswith("river:") else {"path": source}
+    content = {"source": origin, "output": {"folder": "."}}
+    return check_config(content, [*overrides, *([] if output is None else _chosen(output))])
+
+
+def _chosen(output: Path) -> list[str]:
+    # As YAML strings in quotes, since a name may look like something else.
+    folder, name = (str(part).replace("'", "''") for part in (output.parent, output.name))
+    return [f"output.folder='{folder}'", f"output.scored_events='{name}'"]
+
+
+def _fail(message: object, code: int) -> NoReturn:
+    console = Console(stderr=True)
+    for line in str(message).splitlines() or [""]:
+        console.print("error:", style="bold red", end=" ")
+        say(console, line)
+    sys.exit(code)
+
+
+def main() -> None:
+    """Run the command; errors of the user's making are one message on standard error, and an exit code.
+
+    0: done. 1: the data cannot be used. 2: the command line or the configuration cannot. 130: interrupted.
+    """
+    try:
+        app()
+    except (ConfigError, FamilyError) as error:
+        _fail(error, EXIT_CONFIG)
+    except BrokenPipeError:
+        # The reader of our output has gone, as `head` does; Python must not complain when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_DATA)
+    except _DATA_ERRORS as error:
+        _fail(error, EXIT_DATA)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was written", EXIT_INTERRUPTED)
