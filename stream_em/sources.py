@@ -262,7 +262,11 @@ class Source:
         return f"Source({self.name!r})"
 
     def chunks(self, rows: int = 65_536) -> Iterator[Chunk]:
-        """Read the events from the first, in chunks of `rows` events (the last one may be smaller).
+        """Read the events from the first, in chunks of `rows` events.
+
+        Only the last chunk is smaller, and those of a live source, which are not kept waiting. If reading is
+        interrupted (KeyboardInterrupt), the events read until then come in one more chunk before the
+        interrupt goes on.
 
         Raises
         ------
@@ -279,16 +283,22 @@ class Source:
         waiting: list[_Piece] = []
         rejected: list[Rejection] = []
         count = read = 0
-        for piece in self._limited(self._reader.pieces(rows, self._roles)):
-            rejected.extend(piece.rejected)
-            read += len(piece) + len(piece.rejected)
-            waiting.append(piece)
-            count += len(piece)
-            while count >= rows:
-                taken, waiting = _cut(waiting, rows)
-                count -= rows
-                yield self._chunk(taken, rejected)
-                rejected = []
+        try:
+            for piece in self._limited(self._reader.pieces(rows, self._roles)):
+                rejected.extend(piece.rejected)
+                read += len(piece) + len(piece.rejected)
+                waiting.append(piece)
+                count += len(piece)
+                while count >= rows or (self.live and count):
+                    taken, waiting = _cut(waiting, rows)
+                    count -= min(rows, count)
+                    yield self._chunk(taken, rejected)
+                    rejected = []
+        except KeyboardInterrupt:
+            # A live stream is often stopped by hand: what came before the stop was read and counts.
+            if count or rejected:
+                yield self._chunk([piece for piece in waiting if len(piece)], rejected)
+            raise
         if count or rejected:
             yield self._chunk([piece for piece in waiting if len(piece)], rejected)
         if not read:
@@ -626,7 +636,6 @@ def _parse_live_csv(
             if len(parsed) + len(ragged) >= rows:
                 yield block()
     except KeyboardInterrupt:
-        # A live stream is often stopped by hand: what came before the stop was read and counts.
         yield block()
         raise
     if parsed or ragged:
@@ -767,7 +776,6 @@ class _JsonLines:
                         if len(events) >= rows or len(rejected) >= rows:
                             yield piece()
                 except KeyboardInterrupt:
-                    # A live stream is often stopped by hand: what came before the stop was read and counts.
                     yield piece()
                     raise
                 if events or rejected:

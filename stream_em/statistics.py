@@ -217,6 +217,9 @@ class Statistics:
         )
 
     def _aligned_to(self, target: Statistics) -> Statistics:
+        if self.component_ids is target.component_ids and self.half_life == target.half_life:
+            # Both come from the same parameters.
+            return self
         if self.half_life != target.half_life:
             raise MergeError(f"half-lives differ: {target.half_life} and {self.half_life}")
         if self.parts.keys() != target.parts.keys():
@@ -227,8 +230,6 @@ class Statistics:
                 mine[key].shape != theirs[key].shape for key in mine
             ):
                 raise MergeError(f"the statistics {name!r} have different shapes or kinds and cannot be merged")
-        if self.component_ids is target.component_ids:
-            return self
         if np.array_equal(self.component_ids, target.component_ids):
             return self
         if not np.array_equal(np.sort(self.component_ids), np.sort(target.component_ids)):

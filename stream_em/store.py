@@ -422,8 +422,10 @@ def _statistics_of(learner: Learner, scalars: Mapping[str, Any], arrays: Arrays)
             if not np.isfinite(found[key]).all():
                 raise ValueError(f"the statistics {name!r} are not finite")
         parts[name] = type(template)(**found)
-        if any((weight < 0.0).any() for key, weight in found.items() if key == "weight"):
-            raise ValueError(f"the statistics {name!r} have negative weights")
+        separate = "weight" in found and found["weight"].ndim == 2
+        never_negative = {"values", "weight", "scatter"} if separate else {"values", "weight"}
+        if any((array < 0.0).any() for key, array in found.items() if key in never_negative):
+            raise ValueError(f"the statistics {name!r} hold negative weights or sums")
     time, half_life = scalars["time"], scalars["half_life"]
     return Statistics(
         parts,

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from stream_em.sources import STANDARD_INPUT
+
 Kind = Literal["numeric", "category", "flag", "count", "duration"]
 FamilyName = Literal["gaussian", "categorical", "bernoulli", "poisson", "exponential"]
 
@@ -270,7 +272,8 @@ def _override(content: dict[str, Any], text: str) -> tuple[str, ...]:
         elif not isinstance(below, dict):
             raise ConfigError(f"{text!r}: {'.'.join(keys[: depth + 1])} is a value and has no keys")
         section = below
-    parsed = _parse(value, text)
+    # A lone hyphen, standard input, would be a list with nothing in it.
+    parsed = value.strip() if value.strip() == STANDARD_INPUT else _parse(value, text)
     if keys[:2] == ("learner", "schedule") and len(keys) == 3:
         if keys[2] == "kind" and section.get("kind") != parsed:
             # Another kind of schedule has other options.

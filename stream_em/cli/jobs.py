@@ -16,13 +16,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
 
-from stream_em import Batch, BatchEM, OnlineEM, Schema, load, save
+from stream_em import Batch, BatchEM, EventError, NotFittedError, OnlineEM, Schema, load, save
 from stream_em.cli.build import chunk_rows, make_batch, make_online, make_schema, make_source
 from stream_em.cli.config import Config, SourceSection
 from stream_em.cli.display import Progress, component_table, say
 from stream_em.cli.outputs import PendingFile, Quarantine, ScoredEvents
 from stream_em.cli.ranking import RankingScore
-from stream_em.schema import EventError
 from stream_em.sources import Chunk, Rejection, Rows, Source, SourceError
 
 # Points of the history that the picture draws; more would not be seen.
@@ -62,12 +61,13 @@ def run(config: Config, console: Console) -> None:
                 span = slice(start, start + config.learner.batch_size)
                 batch = _encode(learner, chunk, span, quarantine, config, learning=True)
                 if batch.n_events:
-                    warming_up = learner.warming_up
+                    # The events of the warm-up are scored under no mixture yet; their scores rate nothing.
+                    n_warm = learner.warm_up - n_learned if learner.warming_up else 0
                     prediction = learner.predict_then_update(batch)
                     parts.add(start, batch, prediction, keep_responsibilities=output.responsibilities)
-                    ranking.add(chunk.label, parts.kept[-1], prediction.log_prob, warming_up)
+                    ranking.add(chunk.label, parts.kept[-1][n_warm:], prediction.log_prob[n_warm:])
                     n_learned += batch.n_events
-                    history.add(n_learned, prediction.log_prob, learner, warming_up)
+                    history.add(n_learned, prediction.log_prob[n_warm:], learner)
                     if progress.due():
                         progress.show(n_learned, **history.facts(learner))
                 if stop.requested:
@@ -76,6 +76,7 @@ def run(config: Config, console: Console) -> None:
                 parts.write(scored, chunk, learner)
         if learner is None or n_learned == 0:
             raise DataError(_nothing_usable(source, quarantine))
+        seconds = progress.seconds
         written = [quarantine.path] if quarantine.count else []
         if scored is not None:
             written.insert(0, scored.path)
@@ -85,7 +86,6 @@ def run(config: Config, console: Console) -> None:
         if output.picture is not None:
             _picture(folder / output.picture, lambda path: _plots().plot_run(learner, history.points(), path))
             written.append(folder / output.picture)
-        seconds = progress.seconds
     if stop.requested:
         say(
             console,
@@ -118,20 +118,17 @@ def fit(config: Config, console: Console) -> None:
         quarantine = stack.enter_context(Quarantine(folder / output.quarantine))
         progress = stack.enter_context(Progress(console))
         rows = chunk_rows(source, config.learner.batch_size)
-        learner: BatchEM | None = None
-        for chunk in source.chunks(rows):
-            if len(chunk):
-                learner = make_batch(config, make_schema(config, chunk.events))
-                break
-        if learner is None:
+        first_events = next((chunk.events for chunk in source.chunks(rows) if len(chunk)), None)
+        if first_events is None:
             for chunk in source.chunks(rows):
                 _set_aside(chunk.rejected, quarantine, config)
             raise DataError(_nothing_usable(source, quarantine))
-        fitted = learner
+        schema = make_schema(config, first_events)
+        fitted = make_batch(config, schema)
         n_read = passes = 0
 
         def batches() -> Iterator[Batch]:
-            nonlocal n_read, passes
+            nonlocal n_read, passes, schema
             passes += 1
             # Events that cannot be used are the same in every pass.
             first = quarantine if passes == 1 else None
@@ -142,14 +139,19 @@ def fit(config: Config, console: Console) -> None:
                     _set_aside(chunk.rejected, first, config)
                 if not len(chunk):
                     continue
-                batch = _encode(fitted, chunk, slice(0, len(chunk)), first, config, learning=True)
+                batch = _encode(schema, chunk, slice(0, len(chunk)), first, config, learning=True)
+                schema = batch.schema
                 n_read += batch.n_events
                 if batch.n_events:
                     yield batch
                 if progress.due():
                     progress.show(n_read, reading=f"pass {passes}", **_log_posterior(fitted))
 
-        fitted.fit(batches)
+        try:
+            fitted.fit(batches)
+        except NotFittedError as error:
+            raise DataError(_nothing_usable(source, quarantine)) from error
+        seconds = progress.seconds
         written = [quarantine.path] if quarantine.count else []
         if output.snapshot is not None:
             save(fitted, folder / output.snapshot, metadata={"source": source.name})
@@ -157,7 +159,6 @@ def fit(config: Config, console: Console) -> None:
         if output.picture is not None:
             draw_learner(fitted, folder / output.picture)
             written.append(folder / output.picture)
-        seconds = progress.seconds
     n_iterations = len(fitted.history)
     ending = "converged" if fitted.converged else "stopped before it converged: raise learner.max_iter"
     say(
@@ -198,7 +199,7 @@ def score(snapshot: Path, config: Config, console: Console) -> None:
                 parts = _Parts()
                 prediction = learner.score_events(batch)
                 parts.add(0, batch, prediction, keep_responsibilities=output.responsibilities)
-                ranking.add(chunk.label, parts.kept[-1], prediction.log_prob, warming_up=False)
+                ranking.add(chunk.label, parts.kept[-1], prediction.log_prob)
                 parts.write(scored, chunk, learner)
                 total += float(prediction.log_prob.sum())
             if progress.due():
@@ -320,10 +321,8 @@ class _History:
         self._total = 0.0
         self._count = 0
 
-    def add(
-        self, n_events: int, log_prob: npt.NDArray[np.float64], learner: OnlineEM, warming_up: bool
-    ) -> None:
-        if warming_up:
+    def add(self, n_events: int, log_prob: npt.NDArray[np.float64], learner: OnlineEM) -> None:
+        if not len(log_prob):
             return
         total = float(log_prob.sum())
         self._total += total
@@ -371,9 +370,8 @@ class _Ranking:
         label: pa.ChunkedArray | None,
         kept: npt.NDArray[np.intp],
         log_prob: npt.NDArray[np.float64],
-        warming_up: bool,
     ) -> None:
-        if label is None or warming_up or self._problem or not self._wanted:
+        if label is None or not len(kept) or self._problem or not self._wanted:
             return
         label = label.slice(int(kept[0]), int(kept[-1] - kept[0]) + 1)
         if len(label) > len(kept):
@@ -400,14 +398,15 @@ class _Ranking:
             return np.asarray(label.fill_null(False))
         if pa.types.is_integer(label.type) or pa.types.is_floating(label.type):
             values = np.asarray(label.cast(pa.float64()).fill_null(0.0))
-            if np.isin(values, (0.0, 1.0)).all():
-                return values == 1.0
+            ones: npt.NDArray[np.bool_] = values == 1.0
+            if (ones | (values == 0.0)).all():
+                return ones
         if pa.types.is_null(label.type):
             return np.zeros(len(label), bool)
         example = next(value for value in label.to_pylist() if value not in (None, 0, 1))
         self._problem = (
-            f"no ROC-AUC: the labels are not 0 and 1 (there is {example!r}); say which of them mean anomaly in "
-            "source.anomaly_labels"
+            f"no ROC-AUC: the labels are not 0 and 1 (there is {example!r}); say which of them mean anomaly "
+            "in source.anomaly_labels"
         )
         return None
 
@@ -418,14 +417,8 @@ class _Ranking:
         if self._problem:
             say(console, self._problem, "yellow")
         elif not score.defined:
-            found = (
-                "anomalies"
-                if score.n_anomalous
-                else "normal events"
-                if score.n_normal
-                else "no labelled events"
-            )
-            say(console, f"no ROC-AUC: after the warm-up there were only {found}", "yellow")
+            lacking = "normal events" if score.n_anomalous else "anomalies"
+            say(console, f"no ROC-AUC: after the warm-up there were no {lacking} among the labels", "yellow")
         else:
             bound = f" ± {score.bound:.1g}" if score.bound else ""
             unlabelled = f", {self._unlabelled:,} without a label" if self._unlabelled else ""
@@ -446,7 +439,7 @@ def _is_number(text: str) -> bool:
 
 
 def _encode(
-    learner: OnlineEM | BatchEM,
+    encoder: OnlineEM | BatchEM | Schema,
     chunk: Chunk,
     span: slice,
     quarantine: Quarantine | None,
@@ -461,7 +454,7 @@ def _encode(
         events = (
             events[span] if isinstance(events, list) else events.slice(span.start, span.stop - span.start)
         )
-    batch: Batch = learner.encode(
+    batch: Batch = encoder.encode(
         events,
         weight=None if chunk.weight is None or not learning else chunk.weight[span],
         time=None if chunk.time is None or not learning else chunk.time[span],

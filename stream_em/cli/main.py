@@ -11,6 +11,7 @@ from typing import Annotated, Any, NoReturn
 try:
     import typer
     from rich.console import Console
+    from rich.markup import escape
 
     from stream_em.cli.config import Config, ConfigError, check_config, describe_keys, load_config
 except ModuleNotFoundError as error:
@@ -20,7 +21,16 @@ except ModuleNotFoundError as error:
         f"stream-em: the command needs {error.name}, which is not installed: pip install 'stream-em[cli]'"
     ) from error
 
-from stream_em import EventError, FamilyError, MergeError, SchemaError, SnapshotError, load, save
+from stream_em import (
+    EventError,
+    FamilyError,
+    MergeError,
+    NotFittedError,
+    SchemaError,
+    SnapshotError,
+    load,
+    save,
+)
 from stream_em.cli import jobs
 from stream_em.cli.display import component_table, facts_table, say
 from stream_em.sources import SourceError
@@ -36,6 +46,7 @@ _DATA_ERRORS = (
     SchemaError,
     SnapshotError,
     MergeError,
+    NotFittedError,
     jobs.DataError,
     OSError,
 )
@@ -43,10 +54,10 @@ _DATA_ERRORS = (
 
 def _epilog(*examples: tuple[str, str], keys: bool = False) -> str:
     lines = ["[bold]Examples[/bold]"]
-    lines += [f"{what}:\n\n    [cyan]{command}[/cyan]" for what, command in examples]
+    lines += [f"{what}:\n\n    [cyan]{escape(command)}[/cyan]" for what, command in examples]
     if keys:
         lines.append("[bold]Keys of the YAML file[/bold], and of section.key=value on the command line")
-        lines += [f"[cyan]{path}[/cyan]  {text}" for path, text in describe_keys()]
+        lines += [f"[cyan]{path}[/cyan]  {escape(text)}" for path, text in describe_keys()]
     return "\n\n".join(lines)
 
 
@@ -69,7 +80,7 @@ ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file th
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...",
+        metavar="KEY=VALUE",
         help="Any key of the YAML file as section.key=value; the value is read as YAML.",
         show_default=False,
     ),
@@ -141,7 +152,7 @@ def score(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="Events: a file, folder or glob pattern, - for standard input, river:NAME, or a job's YAML file.",
+            help="Events: file, folder, glob pattern, - (standard input), river:NAME, or a job's YAML file.",
         ),
     ],
     overrides: Overrides = None,

@@ -142,14 +142,15 @@ class ScoredEvents:
         responsibilities: npt.NDArray[np.float64] | None,
         component_ids: Sequence[int],
     ) -> None:
-        """Write the events of a chunk at the positions `kept`, with what the model says of them, (n,) each."""
+        """Write the events of a chunk at the positions `kept`, with the model's answers (n,) for them."""
         if len(log_prob) == 0:
             return
-        rows = self._table(chunk) if isinstance(chunk.rows, list) else chunk.rows
-        if isinstance(kept, slice):
-            rows = rows.slice(kept.start or 0, len(log_prob))
+        if isinstance(chunk.rows, list):
+            rows = self._table(chunk, kept)
+        elif isinstance(kept, slice):
+            rows = chunk.rows.slice(kept.start or 0, len(log_prob))
         else:
-            rows = rows.take(pa.array(kept))
+            rows = chunk.rows.take(pa.array(kept))
         added: dict[str, npt.NDArray[Any]] = {"component": component, "log_prob": log_prob}
         if self._with_responsibilities and responsibilities is not None:
             for position, identity in enumerate(component_ids):
@@ -179,9 +180,10 @@ class ScoredEvents:
         self._writer.write_table(table, row_group_size=2 * ROW_GROUP)
         self._waiting, self._n_waiting = [], 0
 
-    def _table(self, chunk: Chunk) -> pa.Table:
+    def _table(self, chunk: Chunk, kept: npt.NDArray[np.intp] | slice) -> pa.Table:
         """Dict events as a table with the columns of the first chunk."""
-        rows: list[dict[str, Any]] = list(chunk.rows)
+        positions = np.arange(len(chunk))[kept]
+        rows: list[dict[str, Any]] = [chunk.rows[position] for position in positions.tolist()]
         if self._columns is None:
             types = {field.name: _ARROW_TYPE[field.kind] for field in self._schema.fields}
             extra = dict.fromkeys(name for row in rows for name in row)
@@ -201,9 +203,9 @@ class ScoredEvents:
         for column in self._columns:
             role = self._carried.get(column.name)
             if role == "time" and chunk.time is not None:
-                values: Any = chunk.time
+                values: Any = chunk.time[positions]
             elif role == "weight" and chunk.weight is not None:
-                values = chunk.weight
+                values = chunk.weight[positions]
             else:
                 values = [row.get(column.name) for row in rows]
                 values = [None if value is None else self._as(column, value) for value in values]

@@ -44,15 +44,18 @@ class Block(ABC):
 
     @abstractmethod
     def natural(self, centers: Array) -> tuple[Array, Array]:
-        """Return coefficients (K, Q) and constants (K,) of the log-density for features about `centers` (K, D)."""
+        """Return coefficients (K, Q) and constants (K,) of the log-density for features about `centers`.
+
+        `centers` is (K, D), or (1, D) when all components share one.
+        """
 
     def unstable(self, center: Array) -> npt.NDArray[np.intp] | None:
         """Return the components for which features about `center` (D,) would lose precision, None when none."""
         return None
 
     @abstractmethod
-    def write_features(self, shifted: Array, observed: Mask | None, out: Array) -> None:
-        """Write the features (Q, B) of a block (D, B), shifted, with 0 where a value is missing."""
+    def write_features(self, values: Array, center: Array, observed: Mask | None, out: Array) -> None:
+        """Write the features (Q, B) of a block of values (D, B) about `center` (D,), 0 where a value is missing."""
 
     def base_measure(self, values: Array, observed: Mask | None) -> Array:
         """Return the part of the log-density (B,) that no parameter changes."""
@@ -60,7 +63,7 @@ class Block(ABC):
 
     @abstractmethod
     def collect(self, sums: Array, weight: Array, centers: Array) -> tuple[Parts, Array | None]:
-        """Turn sums of features (K, Q) about `centers` (K, D), and weights (K,), into statistics.
+        """Turn sums of features (K, Q) about `centers` (K or 1, D), and weights (K,), into statistics.
 
         Where squares lost precision to cancellation, better centers (K, D) are returned as well, the rows
         of the other components unchanged; None when nothing was lost.

@@ -43,14 +43,11 @@ class _CategoricalBlock(Block):
         probability = self.parameters.probability
         return np.log(probability), np.zeros(len(probability))
 
-    def write_features(self, shifted: Array, observed: Mask | None, out: Array) -> None:
+    def write_features(self, values: Array, center: Array, observed: Mask | None, out: Array) -> None:
         start = 0
-        for row, size in enumerate(self.n_codes):
+        for row, size in zip(values, self.n_codes):
             stop = start + size
-            np.equal(shifted[row], np.arange(float(size))[:, None], out=out[start:stop])
-            if observed is not None:
-                # Missing values arrive as 0, which is also the code of `other`.
-                out[start] *= observed[row]
+            np.equal(row, np.arange(float(size))[:, None], out=out[start:stop])
             start = stop
 
     def collect(self, sums: Array, weight: Array, centers: Array) -> tuple[Parts, None]:

@@ -95,16 +95,12 @@ def _better_centers(centers: Array, offset: Array, variance: Array, weight: Arra
     """Centers for the components whose variance (K, D) drowns in the rounding of their offset from the center."""
     squared = offset * offset
     rounding = EPSILON * squared
-    # Against the whole range of the data a variance of 0 is as good as one of 1e-15.
-    if (rounding <= 1e-9 * variance).all() or (rounding <= 1e-9 * variance + 1e-15 * _average(squared, weight)).all():
+    if (rounding <= 1e-9 * variance).all():
         return None
-    lost = (rounding > 1e-9 * variance + 1e-15 * _average(squared, weight)).any(axis=1) & (weight > SMALLEST_WEIGHT)
+    # Against the whole range of the data a variance of 0 is as good as one of 1e-15.
+    pooled = weight @ squared / max(float(np.add.reduce(weight)), SMALLEST_WEIGHT)
+    lost = (rounding > 1e-9 * variance + 1e-15 * pooled).any(axis=1) & (weight > SMALLEST_WEIGHT)
     return centers + np.where(lost[:, None], offset, 0.0) if lost.any() else None
-
-
-def _average(values: Array, weight: Array) -> Array:
-    average: Array = weight @ values / max(float(np.add.reduce(weight)), SMALLEST_WEIGHT)
-    return average
 
 
 class _JointBlock(Block):
@@ -150,13 +146,15 @@ class _JointBlock(Block):
         limit = LARGEST_SQUARED_OFFSET / max(self.dimension, 1)
         return np.flatnonzero(distance > limit) if np.maximum.reduce(distance) > limit else None
 
-    def write_features(self, shifted: Array, observed: Mask | None, out: Array) -> None:
-        values = out[self.layout.n_products :]
-        np.copyto(values, shifted if self.observed is None else shifted[self.observed])
+    def write_features(self, values: Array, center: Array, observed: Mask | None, out: Array) -> None:
+        shifted = out[self.layout.n_products :]
+        if self.observed is not None:
+            values, center = values[self.observed], center[self.observed]
+        np.subtract(values, center[:, None], out=shifted)
         start = 0
         for row in range(self.dimension):
             stop = start + self.dimension - row
-            np.multiply(values[row], values[row:], out=out[start:stop])
+            np.multiply(shifted[row], shifted[row:], out=out[start:stop])
             start = stop
 
     def collect(self, sums: Array, weight: Array, centers: Array) -> tuple[Parts, Array | None]:
@@ -172,7 +170,7 @@ class _JointBlock(Block):
         better = _better_centers(own_centers, offset, diagonal / column, weight)
         if self.observed is not None:
             if better is not None:
-                changed = centers.copy()
+                changed = np.repeat(centers, len(better), axis=0) if len(centers) == 1 else centers.copy()
                 changed[:, self.observed] = better
                 better = changed
             return {"moments": self._completed(weight, own_centers + offset, scatter)}, better
@@ -242,12 +240,15 @@ class _SeparateBlock(Block):
         distance = np.add.reduce(offset * offset / self.variance, axis=1)
         return np.flatnonzero(distance > LARGEST_SQUARED_OFFSET) if (distance > LARGEST_SQUARED_OFFSET).any() else None
 
-    def write_features(self, shifted: Array, observed: Mask | None, out: Array) -> None:
+    def write_features(self, values: Array, center: Array, observed: Mask | None, out: Array) -> None:
         dimension = self.dimension
-        np.multiply(shifted, shifted, out=out[:dimension])
-        np.copyto(out[dimension : 2 * dimension], shifted)
+        shifted = out[dimension : 2 * dimension]
+        np.subtract(values, center[:, None], out=shifted)
+        if observed is not None:
+            np.copyto(shifted, 0.0, where=~observed)
         if self.masked:
             np.copyto(out[2 * dimension :], 1.0 if observed is None else observed)
+        np.multiply(shifted, shifted, out=out[:dimension])
 
     def collect(self, sums: Array, weight: Array, centers: Array) -> tuple[Parts, Array | None]:
         dimension = self.dimension

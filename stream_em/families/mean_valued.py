@@ -47,8 +47,10 @@ class MeanValuedBlock(Block):
             return np.concatenate([slope, intercept], axis=1), np.zeros(len(slope))
         return slope, np.add.reduce(intercept, axis=1)
 
-    def write_features(self, shifted: Array, observed: Mask | None, out: Array) -> None:
-        np.copyto(out[: self.dimension], shifted)
+    def write_features(self, values: Array, center: Array, observed: Mask | None, out: Array) -> None:
+        np.copyto(out[: self.dimension], values)
+        if observed is not None:
+            np.copyto(out[: self.dimension], 0.0, where=~observed)
         if self.masked:
             np.copyto(out[self.dimension :], 1.0 if observed is None else observed)
 

@@ -41,7 +41,10 @@ class _Factor:
 class _ProductBlock(Block):
     """The features of the factors, one after the other."""
 
-    def __init__(self, factors: tuple[_Factor, ...], parameters: tuple[Any, ...], observed: Mask | None) -> None:
+    def __init__(
+        self, factors: tuple[_Factor, ...], parameters: tuple[Any, ...], observed: Mask | None, n_components: int
+    ) -> None:
+        self.n_components = n_components
         self.factors = [
             (
                 factor.name,
@@ -61,8 +64,8 @@ class _ProductBlock(Block):
         )
 
     def natural(self, centers: Array) -> tuple[Array, Array]:
-        theta = np.empty((len(centers), self.n_features))
-        constants = np.zeros(len(centers))
+        theta = np.empty((self.n_components, self.n_features))
+        constants = np.zeros(self.n_components)
         for _, rows, block, span in self._spans():
             theta[:, span], constant = block.natural(centers[:, rows])
             constants += constant
@@ -73,9 +76,9 @@ class _ProductBlock(Block):
         unstable = [one for one in found if one is not None]
         return np.unique(np.concatenate(unstable)) if unstable else None
 
-    def write_features(self, shifted: Array, observed: Mask | None, out: Array) -> None:
+    def write_features(self, values: Array, center: Array, observed: Mask | None, out: Array) -> None:
         for _, rows, block, span in self._spans():
-            block.write_features(shifted[rows], None if observed is None else observed[rows], out[span])
+            block.write_features(values[rows], center[rows], None if observed is None else observed[rows], out[span])
 
     def base_measure(self, values: Array, observed: Mask | None) -> Array:
         total = np.zeros(values.shape[1])
@@ -91,7 +94,7 @@ class _ProductBlock(Block):
             of_factor, better = block.collect(sums[:, span], weight, centers[:, rows])
             parts.update({f"{name}/{part_name}": part for part_name, part in of_factor.items()})
             if better is not None:
-                changed = centers.copy() if changed is None else changed
+                changed = np.broadcast_to(centers, (len(better), centers.shape[1])).copy() if changed is None else changed
                 changed[:, rows] = better
         return parts, changed
 
@@ -167,7 +170,8 @@ class Product(Family):
         return self._mask("location_fields", n_fields)
 
     def block(self, parameters: tuple[Any, ...], observed: Mask | None) -> Block:  # noqa: D102
-        return _ProductBlock(self.factors, parameters, observed)
+        n_components = len(self.factors[0].family.moments(parameters[0])[0])
+        return _ProductBlock(self.factors, parameters, observed, n_components)
 
     def pooled(self, values: Array, weight: Array, n_components: int) -> tuple[Any, ...]:  # noqa: D102
         return tuple(factor.family.pooled(values[factor.rows], weight, n_components) for factor in self.factors)

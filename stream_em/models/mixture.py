@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 NOTHING = np.empty(0, dtype=np.intp)
 
 # Blocks of events are large enough that calls cost little, yet small enough to stay near the core.
-NEAR_FEATURES, MOST_FEATURES = 2**17, 2**20
+NEAR_FEATURES, MOST_FEATURES = 2**16, 2**20
 USUAL_BLOCK, LARGEST_BLOCK = 1024, 8192
 
 
@@ -374,18 +374,18 @@ class _Expectation:
         if not location.all():
             center = np.where(location, center, 0.0)
         self.center = center
-        n_features = self.block.n_features
-        centers = np.repeat(center[None], self.n_components, axis=0)
+        centers = center[None]
         # Components too far from the shared origin get features about their own mean.
         unstable = self.block.unstable(center)
         self.own = NOTHING if unstable is None else unstable
         if unstable is not None:
+            centers = np.repeat(centers, self.n_components, axis=0)
             means = model.family.moments(parameters.components)[0]
-            centers[self.own] = np.where(location, means[self.own], 0.0)
+            centers[unstable] = np.where(location, means[unstable], 0.0)
         self.centers = centers
-        self.theta = np.empty((self.n_components, n_features + 1))
-        self.theta[:, :n_features], constant = self.block.natural(centers)
-        np.add(constant, parameters.log_weights, out=self.theta[:, n_features])
+        self.theta = np.empty((self.n_components, self.block.n_features + 1))
+        self.theta[:, :-1], constant = self.block.natural(centers)
+        np.add(constant, parameters.log_weights, out=self.theta[:, -1])
 
     def run(self, given: Array | None, into: Posterior | None, collect: bool) -> tuple[float, Array, Parts]:
         """Return the log-likelihood, the weights (K,) of the components and the family's statistics."""
@@ -484,13 +484,8 @@ class _Expectation:
         return float(np.add.reduce(log_prob) if weight is None else log_prob @ weight[span])
 
     def _write_features(self, span: slice, center: Array, features: Array) -> None:
-        values = self.batch.values[:, span]
-        shifted = _workspace("shifted", *values.shape)
-        np.subtract(values, center[:, None], out=shifted)
         observed = None if self.mask is None else self.mask[:, span]
-        if observed is not None:
-            np.copyto(shifted, 0.0, where=~observed)
-        self.block.write_features(shifted, observed, features[:-1])
+        self.block.write_features(self.batch.values[:, span], center, observed, features[:-1])
 
     def _features_about(self, span: slice, center: Array) -> Array:
         features = _workspace("own_features", self.theta.shape[1], span.stop - span.start)
