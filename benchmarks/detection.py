@@ -66,9 +66,12 @@ def run() -> list[Table]:
     return [
         Table(
             "Anomalies in the shuttle stream",
-            f"The first {N_EVENTS:,} readings of `river.datasets.Shuttle`, predict then learn; ROC-AUC of the score after "
-            f"the first {warm_up:,}. The strong prior of the configuration was chosen on this stream, so the figure shows "
-            "what a tuned mixture reaches, not what an untuned one promises; River's detectors run with their defaults.",
+            f"The first {N_EVENTS:,} readings of `river.datasets.Shuttle`, predict then learn; ROC-AUC of the "
+            "score after "
+            f"the first {warm_up:,}. The strong prior of the configuration was chosen on this stream, so the "
+            "figure shows "
+            "what a tuned mixture reaches, not what an untuned one promises; River's detectors run with their "
+            "defaults.",
             ("detector", "ROC-AUC", "events/s"),
             rows,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -37,14 +38,8 @@ def write_events(path: Path, n_events: int) -> None:
 def command(*arguments: str) -> tuple[float, float]:
     """Run the command; return wall seconds and the peak memory of the process in MB."""
     start = time.perf_counter()
-    with open(os.devnull, "w") as nowhere:
-        process = os.posix_spawn(
-            sys.executable,
-            [sys.executable, "-m", "stream_em.cli", *arguments],
-            os.environ,
-            file_actions=[(os.POSIX_SPAWN_DUP2, nowhere.fileno(), 1)],
-        )
-        _, status, usage = os.wait4(process, 0)
+    process = subprocess.Popen([sys.executable, "-m", "stream_em.cli", *arguments], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
     if status != 0:
         raise RuntimeError(f"stream-em {' '.join(arguments)} ended with status {status}")
     return time.perf_counter() - start, usage.ru_maxrss / 1024
@@ -105,8 +100,10 @@ def run() -> list[Table]:
     return [
         Table(
             "From Parquet to Parquet",
-            f"Whole processes of the command on rows of {N_FIELDS} doubles, K={N_COMPONENTS}, full covariances, batches of "
-            "1,000, start-up included. For `run` the peer is PyArrow alone reading those rows and writing the scored rows "
+            f"Whole processes of the command on rows of {N_FIELDS} doubles, K={N_COMPONENTS}, full covariances, "
+            "batches of "
+            "1,000, start-up included. For `run` the peer is PyArrow alone reading those rows and writing the "
+            "scored rows "
             "back. `fit` writes no rows, so its peer is PyArrow reading them as often as it does: once to settle the "
             "schema and draw the seeding sample, once for the iteration.",
             ("command", "rows", "s", "PyArrow alone, s", "ratio", "peak MB", "target"),

@@ -102,8 +102,10 @@ def run() -> list[Table]:
     return [
         Table(
             "One EM iteration against scikit-learn",
-            "E-step and M-step of `sklearn.mixture.GaussianMixture` and of `Mixture` on the same events (200,000; 50,000 "
-            "from D=32) from the same parameters, one thread, in turn; the log-likelihoods agree to 1e-9 relative, or the "
+            "E-step and M-step of `sklearn.mixture.GaussianMixture` and of `Mixture` on the same events "
+            "(200,000; 50,000 "
+            "from D=32) from the same parameters, one thread, in turn; the log-likelihoods agree to 1e-9 "
+            "relative, or the "
             "run fails. Medians of ns per event.",
             (*head, "scikit-learn", "stream_em", "faster", "target"),
             iterations,
@@ -116,7 +118,8 @@ def run() -> list[Table]:
         ),
         Table(
             "Online updates against the batch iteration",
-            "`OnlineEM.predict_then_update` with batches of 1,000 rows of a NumPy array: encoding, one E-step that both "
+            "`OnlineEM.predict_then_update` with batches of 1,000 rows of a NumPy array: encoding, one E-step "
+            "that both "
             "scores and learns, merge, M-step. ns per event, and the cost against the batch iteration above.",
             (*head, "update", "cost", "target"),
             updates,

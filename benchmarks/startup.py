@@ -16,9 +16,7 @@ def _import(names: str) -> None:
 
 def run() -> list[Table]:
     """Measure whole processes that only import."""
-    ours, base = in_turn(
-        lambda: _import("stream_em"), lambda: _import("numpy, pyarrow, scipy.linalg"), repeats=15
-    )
+    ours, base = in_turn(lambda: _import("stream_em"), lambda: _import("numpy, pyarrow, scipy.linalg"), repeats=15)
     row = (f"{base * 1e3:.0f}", f"{ours * 1e3:.0f}", f"{ours / base:.2f}×", verdict(ours / base, TARGET, at_most=True))
     print("  ", *row, flush=True)
     return [

@@ -19,7 +19,8 @@ from stream_em.models.mixture import Posterior
 from stream_em.numerics import Array
 from stream_em.schedules import HalfLife, RobbinsMonro, Schedule, StepSize
 from stream_em.schema import OTHER, Batch, Schema, SchemaError
-from stream_em.seeding import Reservoir, concatenate, seed as seed_parameters
+from stream_em.seeding import Reservoir, concatenate
+from stream_em.seeding import seed as seed_parameters
 from stream_em.statistics import MergeError, Statistics
 
 if TYPE_CHECKING:
@@ -715,7 +716,7 @@ class BatchEM(FittedMixture):
         generator = np.random.default_rng(self.seed)
         best: tuple[float, MixtureParameters, Statistics, list[float], bool, str] | None = None
         starts = 1 if self._initial_parameters is not None else self.n_init
-        with _progress(self.progress, starts * self.max_iter) as advance:
+        with _Progress(self.progress, starts * self.max_iter) as advance:
             for _ in range(starts):
                 start = self._initial_parameters or seed_parameters(self.model, sample, generator)
                 run = self._iterate(bound, start, batches, advance)
@@ -802,7 +803,8 @@ class BatchEM(FittedMixture):
 
         """
         _check_mergeable(self, other)
-        assert self.statistics is not None and other.statistics is not None
+        assert self.statistics is not None
+        assert other.statistics is not None
         merged = BatchEM(self.model, schema=self._schema, max_iter=self.max_iter, tol=self.tol, seed=self.seed)
         merged.statistics = self.statistics.merge(other.statistics)
         merged.n_events = self.n_events + other.n_events
@@ -850,8 +852,13 @@ def _interpolated(average: Any, new: Any, n_averaged: int) -> Any:
     if isinstance(new, tuple):
         return tuple(_interpolated(one, other, n_averaged) for one, other in zip(average, new))
     assert is_dataclass(new)
-    return type(new)(
-        **{one.name: _interpolated(getattr(average, one.name), getattr(new, one.name), n_averaged) for one in fields(new)}
+    assert not isinstance(new, type)
+    return replace(
+        new,
+        **{
+            one.name: _interpolated(getattr(average, one.name), getattr(new, one.name), n_averaged)
+            for one in fields(new)
+        },
     )
 
 
@@ -941,7 +948,7 @@ def _batches_of(events: Any) -> Callable[[], Iterable[Any]] | None:
     raise SchemaError(f"events of type {type(events).__name__} are not supported")
 
 
-class _progress:
+class _Progress:
     """A Rich progress bar, or nothing."""
 
     def __init__(self, shown: bool, total: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import numpy.typing as npt
 
@@ -43,7 +45,7 @@ def softmax_in_place(log_joint: Array) -> Array:
     if np.minimum.reduce(log_joint, axis=None) < LOG_RESPONSIBILITY_FLOOR:
         np.maximum(log_joint, LOG_RESPONSIBILITY_FLOOR, out=log_joint)
     np.exp(log_joint, out=log_joint)
-    total = np.add.reduce(log_joint, axis=0)
+    total: Array = np.add.reduce(log_joint, axis=0)
     log_joint *= np.divide(1.0, total)
     np.log(total, out=total)
     total += largest
@@ -75,7 +77,7 @@ def cholesky(covariance: Array) -> tuple[Array, Array]:
 
     """
     try:
-        factor = np.linalg.cholesky(covariance)
+        factor = cast(Array, np.linalg.cholesky(covariance))
     except np.linalg.LinAlgError:
         return _cholesky_with_jitter(covariance)
     dimension = covariance.shape[-1]

@@ -307,9 +307,7 @@ def _draw_components(axes: Axes, parts: _Components, learner: OnlineEM | BatchEM
         _draw_shares(axes, parts, learner)
 
 
-def _second_field(
-    parts: _Components, learner: OnlineEM | BatchEM, chosen: Sequence[int]
-) -> tuple[int, Array]:
+def _second_field(parts: _Components, learner: OnlineEM | BatchEM, chosen: Sequence[int]) -> tuple[int, Array]:
     """Return the most telling field that is no copy of the first, and the covariances of both."""
     first = chosen[0]
     fallback: tuple[int, Array] | None = None
@@ -747,9 +745,7 @@ def _draw_log_likelihood(axes: Axes, history: History) -> None:
     )
     for cut, marker, where in ((mean < low, "v", "below"), (mean > high, "^", "above")):
         if cut.any():
-            axes.plot(
-                n_events[cut], clipped[cut], linestyle="", marker=marker, color=PALETTE[1], clip_on=False
-            )
+            axes.plot(n_events[cut], clipped[cut], linestyle="", marker=marker, color=PALETTE[1], clip_on=False)
             furthest = mean[cut][np.argmax(np.abs(mean[cut]))]
             notes.append(f"{int(cut.sum())} {where} this view, the furthest {furthest:.4g}")
     axes.set_ylim(low, high)

@@ -154,7 +154,9 @@ class HalfLife:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.half_life) and self.half_life > 0.0):
-            raise ValueError(f"half_life must be a finite number > 0 in the units of event time, got {self.half_life!r}")
+            raise ValueError(
+                f"half_life must be a finite number > 0 in the units of event time, got {self.half_life!r}"
+            )
 
 
 Schedule = StepSize | HalfLife

@@ -198,7 +198,7 @@ class Batch:
         """(D,) mean of the observed values, 0 where there is none: a reference point near the data."""
         if self.n_events == 0:
             return np.zeros(len(self.values))
-        mean = np.add.reduce(self.values, axis=1)
+        mean: Array = np.add.reduce(self.values, axis=1)
         mean /= self.n_events
         if self.observed is not None:
             counts = self.observed.sum(axis=1)
@@ -357,9 +357,7 @@ class Schema:
             kinds = {f"x{column}": kind for column in range(values.shape[1])}
         elif _is_frame(events):
             table = _as_arrow(events)
-            kinds = {
-                name: _kind_of_column(name, type_) for name, type_ in zip(table.schema.names, table.schema.types)
-            }
+            kinds = {name: _kind_of_column(name, type_) for name, type_ in zip(table.schema.names, table.schema.types)}
         else:
             kinds = _kinds_of_dicts(_as_dicts(events), left_out)
         fields = [
@@ -495,7 +493,7 @@ class Schema:
                     Field(name, _kind_of_column(name, table.schema.field(name).type)) for name in unknown
                 )
             else:
-                ignored.update({name: table.num_rows for name in unknown})
+                ignored.update(dict.fromkeys(unknown, table.num_rows))
         fields = list(schema.fields)
         values = np.empty((len(fields), table.num_rows))
         for row, one in enumerate(fields):
@@ -534,7 +532,7 @@ class Schema:
 
     def _check_keys(
         self,
-        events: Sequence[Mapping[str, Any]],
+        events: Sequence[Any],
         errors: dict[int, EventError],
         ignored: dict[str, int],
         extend: bool,
@@ -600,7 +598,8 @@ class Schema:
             if one.kind == "category":
                 labels = ["other", *one.categories]
                 columns[one.name] = pa.array(
-                    [None if gone else labels[int(code)] for code, gone in zip(row.tolist(), missing.tolist())], pa.string()
+                    [None if gone else labels[int(code)] for code, gone in zip(row.tolist(), missing.tolist())],
+                    pa.string(),
                 )
             elif one.kind == "flag":
                 columns[one.name] = pa.array(np.where(missing, 0.0, row) > 0.5, mask=missing)
@@ -690,7 +689,12 @@ def _kinds_of_dicts(events: Sequence[Mapping[str, Any]], left_out: set[str]) -> 
 def _kind_of_column(name: str, type_: pa.DataType) -> Kind:
     if pa.types.is_boolean(type_):
         return "flag"
-    if pa.types.is_integer(type_) or pa.types.is_floating(type_) or pa.types.is_decimal(type_) or pa.types.is_null(type_):
+    if (
+        pa.types.is_integer(type_)
+        or pa.types.is_floating(type_)
+        or pa.types.is_decimal(type_)
+        or pa.types.is_null(type_)
+    ):
         return "numeric"
     value_type = type_.value_type if pa.types.is_dictionary(type_) else type_
     if pa.types.is_string(value_type) or pa.types.is_large_string(value_type) or pa.types.is_string_view(value_type):

@@ -8,7 +8,7 @@ import numpy as np
 
 from stream_em.models.mixture import Mixture, MixtureParameters
 from stream_em.numerics import Array
-from stream_em.schema import Batch, Schema
+from stream_em.schema import Batch
 
 # Directions whose share of the total variance is smaller are rounding, not structure; whitening would
 # blow them up to the size of the others.
@@ -146,7 +146,9 @@ def whitened(batch: Batch) -> Array:
         elif field.kind == "count":
             rows.append(np.sqrt(values))
         elif field.kind == "duration":
-            rows.append(np.log1p(values / max(float(np.nanmean(values)) if not np.isnan(values).all() else 1.0, 1e-300)))
+            rows.append(
+                np.log1p(values / max(float(np.nanmean(values)) if not np.isnan(values).all() else 1.0, 1e-300))
+            )
         else:
             rows.append(values)
     points = np.stack(rows)

@@ -166,9 +166,7 @@ class _Piece:
 
     def slice(self, start: int, stop: int) -> _Piece:
         rows = self.rows[start:stop] if isinstance(self.rows, list) else self.rows.slice(start, stop - start)
-        return _Piece(
-            rows, self.path, self.index[start:stop], None if self.line is None else self.line[start:stop]
-        )
+        return _Piece(rows, self.path, self.index[start:stop], None if self.line is None else self.line[start:stop])
 
 
 @dataclass(frozen=True)
@@ -333,11 +331,7 @@ class Source:
             if roles.only is not None or roles.named():
                 apart, only = set(roles.named()), roles.only
                 events = [
-                    {
-                        key: value
-                        for key, value in row.items()
-                        if key not in apart and (only is None or key in only)
-                    }
+                    {key: value for key, value in row.items() if key not in apart and (only is None or key in only)}
                     for row in dicts
                 ]
             return Chunk(
@@ -357,9 +351,7 @@ class Source:
             table.select(roles.model_fields(table.column_names)),
             None if roles.label is None else table[roles.label],
             None if roles.time is None else _arrow_seconds(table, roles.time, pieces[0].path),
-            None
-            if roles.weight is None
-            else _arrow_floats(table[roles.weight], roles.weight, pieces[0].path),
+            None if roles.weight is None else _arrow_floats(table[roles.weight], roles.weight, pieces[0].path),
             index,
             line,
             files,
@@ -463,9 +455,7 @@ def river_dataset_names() -> list[str]:
 
     """
     datasets = _river_module()
-    return sorted(
-        name for name in datasets.__all__ if isinstance(getattr(datasets, name), type) and name != "base"
-    )
+    return sorted(name for name in datasets.__all__ if isinstance(getattr(datasets, name), type) and name != "base")
 
 
 class _Parquet:
@@ -507,9 +497,7 @@ class _Parquet:
 class _Csv:
     columnar = True
 
-    def __init__(
-        self, name: str, paths: list[str], delimiter: str | None, stream: IO[bytes] | None = None
-    ) -> None:
+    def __init__(self, name: str, paths: list[str], delimiter: str | None, stream: IO[bytes] | None = None) -> None:
         self.name = name
         self.paths = paths
         self.delimiter = delimiter
@@ -597,9 +585,7 @@ def _parse_csv(stream: IO[bytes], path: str, names: list[str], delimiter: str, _
         yield _CsvBlock(schema.empty_table().to_batches()[0], np.empty(0, np.int64), ragged)
 
 
-def _parse_live_csv(
-    stream: IO[bytes], path: str, names: list[str], delimiter: str, rows: int
-) -> Iterator[_CsvBlock]:
+def _parse_live_csv(stream: IO[bytes], path: str, names: list[str], delimiter: str, rows: int) -> Iterator[_CsvBlock]:
     """Parse line by line, and hand out the lines as soon as there are enough: Arrow would wait for more."""
     parsed: list[list[str]] = []
     lines: list[int] = []
@@ -608,9 +594,7 @@ def _parse_live_csv(
     def block() -> _CsvBlock:
         columns = [[cell.encode("utf-8", "surrogateescape") for cell in column] for column in zip(*parsed)]
         arrays = [pa.array(column, pa.binary()) for column in columns or [[]] * len(names)]
-        made = _CsvBlock(
-            pa.RecordBatch.from_arrays(arrays, names=names), np.array(lines, np.int64), list(ragged)
-        )
+        made = _CsvBlock(pa.RecordBatch.from_arrays(arrays, names=names), np.array(lines, np.int64), list(ragged))
         for pending in (parsed, lines, ragged):
             pending.clear()
         return made
@@ -678,9 +662,7 @@ class _CsvColumns:
                 if row not in bad:
                     bad.add(row)
                     number = int(block.lines[row])
-                    event = {
-                        key: _text(cell) for key, cell in block.cells.slice(row, 1).to_pylist()[0].items()
-                    }
+                    event = {key: _text(cell) for key, cell in block.cells.slice(row, 1).to_pylist()[0].items()}
                     rejected[number] = Rejection(
                         int(positions[row]), path, number, name, event[name], _EXPECTED_CELL[kind], event
                     )
@@ -796,9 +778,7 @@ class _River:
         try:
             self.dataset = getattr(_river_module(), dataset)()
         except TypeError as error:
-            raise SourceError(
-                f"{self.name}: needs arguments and cannot be opened by name ({error})"
-            ) from error
+            raise SourceError(f"{self.name}: needs arguments and cannot be opened by name ({error})") from error
 
     def pieces(self, rows: int, roles: Roles) -> Iterator[_Piece]:
         index = 0
@@ -815,9 +795,7 @@ class _River:
                     "model can be fitted to them"
                 )
             if self.label in event:
-                raise SourceError(
-                    f"{self.name}: has a field {self.label!r} already; give the label another name"
-                )
+                raise SourceError(f"{self.name}: has a field {self.label!r} already; give the label another name")
             events.append({**event, self.label: target})
             if len(events) == rows:
                 yield _Piece(events, self.name, np.arange(index, index + rows))
@@ -881,9 +859,7 @@ def _format_of(paths: list[str]) -> str:
             )
     kinds = {kind for kind in formats.values() if kind is not None}
     if len(kinds) > 1:
-        raise SourceError(
-            f"the files have different formats ({', '.join(sorted(kinds))}); name one with format"
-        )
+        raise SourceError(f"the files have different formats ({', '.join(sorted(kinds))}); name one with format")
     return kinds.pop()
 
 
@@ -951,9 +927,7 @@ def _reading(path: str, what: str) -> Iterator[None]:
         raise
     except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SourceError(
-            f"{path}: cannot be read as {what}, it may be truncated or damaged ({first})"
-        ) from error
+        raise SourceError(f"{path}: cannot be read as {what}, it may be truncated or damaged ({first})") from error
 
 
 def _nearest(name: str, names: Collection[str]) -> str:

@@ -7,9 +7,7 @@ everything at large offsets. Merging is the pairwise update of Chan, Golub & LeV
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from types import MappingProxyType
-from typing import Any, Self
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -96,10 +94,7 @@ class Moments:
         else:
             mean = self.mean + share[:, None] * delta
             weighted = reduced[:, None] * delta
-            if self.scatter.ndim == 2:
-                between = weighted.T @ delta
-            else:
-                between = weighted[:, :, None] * delta[:, None, :]
+            between = weighted.T @ delta if self.scatter.ndim == 2 else weighted[:, :, None] * delta[:, None, :]
         scatter = self.scatter + other.scatter
         scatter += between
         return Moments(weight, mean, scatter)
@@ -226,9 +221,7 @@ class Statistics:
             raise MergeError(f"statistics of different models: {sorted(target.parts)} and {sorted(self.parts)}")
         for name, part in self.parts.items():
             mine, theirs = part.arrays(), target.parts[name].arrays()
-            if type(part) is not type(target.parts[name]) or any(
-                mine[key].shape != theirs[key].shape for key in mine
-            ):
+            if type(part) is not type(target.parts[name]) or any(mine[key].shape != theirs[key].shape for key in mine):
                 raise MergeError(f"the statistics {name!r} have different shapes or kinds and cannot be merged")
         if np.array_equal(self.component_ids, target.component_ids):
             return self

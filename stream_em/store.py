@@ -83,7 +83,7 @@ def save(learner: Learner, path: str | os.PathLike[str], *, metadata: Mapping[st
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+        Path(temporary).replace(target)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -366,7 +366,10 @@ def _learner_of(header: dict[str, Any], arrays: Arrays) -> Learner:
         learner._total_weight, learner._n_updates = total_weight, n_updates
         learner._iterate = _parameters_of(learner, arrays, "iterate")
         learner._average = _Average(
-            _parameters_of(learner, arrays, "reported"), n_reported, _parameters_of(learner, arrays, "running"), n_running
+            _parameters_of(learner, arrays, "reported"),
+            n_reported,
+            _parameters_of(learner, arrays, "running"),
+            n_running,
         )
         learner._parameters = learner._iterate
         if learner.averaging and learner._average.reported is not None:
@@ -388,7 +391,11 @@ def _parameters_of(learner: Learner, arrays: Arrays, name: str) -> MixtureParame
         return None
     n_components = learner.model.n_components
     weights, component_ids = arrays[f"{name}/weights"], _component_ids(arrays[f"{name}/component_ids"], n_components)
-    if weights.shape != (n_components,) or not (weights > 0.0).all() or not math.isclose(weights.sum(), 1.0, rel_tol=1e-9):
+    if (
+        weights.shape != (n_components,)
+        or not (weights > 0.0).all()
+        or not math.isclose(weights.sum(), 1.0, rel_tol=1e-9)
+    ):
         raise ValueError(f"the weights of {name} are not {n_components} positive numbers that sum to 1")
     prefix = f"{name}/components/"
     family = learner._bound_model().family

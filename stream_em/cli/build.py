@@ -72,9 +72,7 @@ def make_schema(config: Config, events: Rows) -> Schema:
     """Return the declared schema, or the one inferred from some first events."""
     section = config.fields_
     if section.fields is not None:
-        declared = [
-            Field(name, kind, max_categories=section.max_categories) for name, kind in section.fields.items()
-        ]
+        declared = [Field(name, kind, max_categories=section.max_categories) for name, kind in section.fields.items()]
         return Schema(declared, unknown=section.unknown)
     sample = [_typical(events)] if isinstance(events, list) else events
     return Schema.infer(sample, unknown=section.unknown, max_categories=section.max_categories)
@@ -98,9 +96,7 @@ def make_model(section: ModelSection, schema: Schema) -> Mixture:
     for field in schema.fields:
         family = section.families.get(field.name, _FAMILY_OF_KIND[field.kind])
         groups.setdefault(section.family if section.family != "auto" else family, []).append(field.name)
-    families: dict[str | tuple[str, ...], Family] = {
-        tuple(names): makers[family]() for family, names in groups.items()
-    }
+    families: dict[str | tuple[str, ...], Family] = {tuple(names): makers[family]() for family, names in groups.items()}
     whole = next(iter(families.values())) if len(families) == 1 else Product(families)
     options: dict[str, Any] = {"assignment": section.assignment}
     if section.prior_weight is not None:
@@ -162,7 +158,4 @@ def _typical(events: list[dict[str, Any]]) -> dict[str, Any]:
             kind = "number" if type(value) in (int, float) else type(value).__name__
             counts[kind] += 1
             examples.setdefault((name, kind), value)
-    return {
-        name: examples[name, counts.most_common(1)[0][0]] if counts else None
-        for name, counts in types.items()
-    }
+    return {name: examples[name, counts.most_common(1)[0][0]] if counts else None for name, counts in types.items()}

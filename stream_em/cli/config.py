@@ -192,9 +192,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         if isinstance(self.learner.schedule, HalfLifeSection) and self.source.time is None:
-            raise ValueError(
-                "learner.schedule 'half_life' forgets by event time: name its column in source.time"
-            )
+            raise ValueError("learner.schedule 'half_life' forgets by event time: name its column in source.time")
         if self.model.family != "auto" and self.model.families:
             raise ValueError("model.families needs model.family: auto")
         if self.fields_.fields:
@@ -231,9 +229,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return check_config(content, overrides, str(path))
 
 
-def check_config(
-    content: dict[str, Any], overrides: Sequence[str] = (), origin: str = "command line"
-) -> Config:
+def check_config(content: dict[str, Any], overrides: Sequence[str] = (), origin: str = "command line") -> Config:
     """Apply overrides to the content of a configuration, and check it.
 
     >>> check_config({"source": {"path": "events.csv"}}, ["model.n_components=3"]).model.n_components
@@ -411,8 +407,7 @@ def _plain(keys: list[str], location: tuple[int | str, ...]) -> tuple[str, ...]:
     rest = [
         str(part)
         for part in location[len(keys) :]
-        if isinstance(part, int)
-        or (part not in types and not re.match(r"(list|dict|literal|function)\[", part))
+        if isinstance(part, int) or (part not in types and not re.match(r"(list|dict|literal|function)\[", part))
     ]
     return (*keys, *rest)
 

@@ -19,13 +19,11 @@ _SECONDS_BETWEEN_FRAMES = 0.1
 
 
 class Progress:
-    """One live line on a terminal; elsewhere a plain line every few seconds, without control codes."""
+    """A live line on a terminal; elsewhere a plain line every few seconds, without control codes."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._live = (
-            Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
-        )
+        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         self._started = time.perf_counter()
         self._shown = self._started
 
@@ -49,7 +47,7 @@ class Progress:
         if self._live is None:
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
-            self._live.update(Text(line, style="cyan", overflow="ellipsis", no_wrap=True), refresh=True)
+            self._live.update(Text(line, style="cyan"), refresh=True)
 
     def __enter__(self) -> Self:
         if self._live is not None:

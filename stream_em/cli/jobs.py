@@ -53,9 +53,7 @@ def run(config: Config, console: Console) -> None:
             if learner is None:
                 learner = make_online(config, make_schema(config, chunk.events))
                 if output.scored_events is not None:
-                    scored = stack.enter_context(
-                        _scored_file(config, folder / output.scored_events, learner.schema)
-                    )
+                    scored = stack.enter_context(_scored_file(config, folder / output.scored_events, learner.schema))
             parts = _Parts()
             for start in range(0, len(chunk), config.learner.batch_size):
                 span = slice(start, start + config.learner.batch_size)
@@ -451,9 +449,7 @@ def _encode(
     whole = span.start == 0 and span.stop >= len(chunk)
     events: Rows = chunk.events
     if not whole:
-        events = (
-            events[span] if isinstance(events, list) else events.slice(span.start, span.stop - span.start)
-        )
+        events = events[span] if isinstance(events, list) else events.slice(span.start, span.stop - span.start)
     batch: Batch = encoder.encode(
         events,
         weight=None if chunk.weight is None or not learning else chunk.weight[span],
@@ -532,8 +528,7 @@ def _nothing_usable(source: Source, quarantine: Quarantine) -> str:
         return f"{source.name}: no event was learned from"
     reason, count = quarantine.reasons.most_common(1)[0]
     return (
-        f"{source.name}: none of its {quarantine.count:,} events could be used; {count:,} of them because of "
-        f"{reason}"
+        f"{source.name}: none of its {quarantine.count:,} events could be used; {count:,} of them because of {reason}"
     )
 
 
@@ -544,9 +539,7 @@ def _report(
     _report_counts(console, quarantine, left_out or Counter(), learner.ignored_fields)
 
 
-def _report_counts(
-    console: Console, quarantine: Quarantine, left_out: Counter[str], ignored: dict[str, int]
-) -> None:
+def _report_counts(console: Console, quarantine: Quarantine, left_out: Counter[str], ignored: dict[str, int]) -> None:
     if quarantine.count:
         say(console, f"{quarantine.count:,} events could not be used and are in quarantine:", "yellow")
         for reason, count in quarantine.reasons.most_common(5):

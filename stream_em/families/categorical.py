@@ -155,9 +155,7 @@ class Categorical(Family):
             raise ValueError("Categorical parameters lack the array 'probability'")
         probability = arrays["probability"]
         if probability.ndim != 2 or probability.shape[1] != sum(self.n_codes):
-            raise ValueError(
-                f"probabilities must be (components, {sum(self.n_codes)}), got shape {probability.shape}"
-            )
+            raise ValueError(f"probabilities must be (components, {sum(self.n_codes)}), got shape {probability.shape}")
         if not ((probability > 0.0) & (probability <= 1.0)).all():
             raise ValueError("probabilities must lie in (0, 1]")
         return CategoricalParameters(probability)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -49,13 +49,14 @@ class GaussianParameters:
     @cached_property
     def precision(self) -> Array:
         """Inverse covariances, (K, D, D) or (D, D)."""
-        return np.linalg.inv(self.covariance)
+        return cast(Array, np.linalg.inv(self.covariance))
 
     @cached_property
     def log_normalizer(self) -> Array:
         """Log-density at the mean, (K,) or ()."""
         log_root = np.add.reduce(np.log(_diagonal(self.factor)), axis=-1)
-        return np.subtract(-0.5 * LOG_TWO_PI * self.mean.shape[1], log_root)
+        normalizer: Array = np.subtract(-0.5 * LOG_TWO_PI * self.mean.shape[1], log_root)
+        return normalizer
 
     @cached_property
     def packed_precision(self) -> Array:
@@ -215,9 +216,7 @@ class _SeparateBlock(Block):
     def __init__(self, parameters: GaussianParameters, observed: Mask | None) -> None:
         self.mean = parameters.mean
         covariance = parameters.covariance
-        self.variance = np.broadcast_to(
-            covariance if covariance.ndim == 2 else covariance[:, None], self.mean.shape
-        )
+        self.variance = np.broadcast_to(covariance if covariance.ndim == 2 else covariance[:, None], self.mean.shape)
         self.dimension = self.mean.shape[1]
         self.masked = observed is not None
         self.n_features = (3 if self.masked else 2) * self.dimension
@@ -473,7 +472,7 @@ class Gaussian(Family):
         cross = parameters.covariance[..., rest[:, None], given]
         regression = np.matmul(cross, observed.precision)
         deviation = values - observed.mean
-        mean = parameters.mean[:, rest] + np.einsum("...ij,kj->ki" if regression.ndim == 2 else "kij,kj->ki", regression, deviation)
+        mean = parameters.mean[:, rest] + np.matmul(regression, deviation[:, :, None])[:, :, 0]
         covariance = parameters.covariance[..., rest[:, None], rest] - np.matmul(regression, cross.swapaxes(-1, -2))
         return GaussianParameters(mean, covariance)
 

@@ -30,7 +30,7 @@ class MeanParameters:
     mean: Array
 
 
-class MeanValuedBlock(Block):
+class _MeanValuedBlock(Block):
     """Features are x, then which fields are observed; the log-density is slope(mean) x + intercept(mean)."""
 
     def __init__(self, family: MeanValued, parameters: MeanParameters, observed: Mask | None) -> None:
@@ -97,7 +97,7 @@ class MeanValued(Family):
         return np.clip(mean, *self.mean_range)
 
     def block(self, parameters: MeanParameters, observed: Mask | None) -> Block:  # noqa: D102
-        return MeanValuedBlock(self, parameters, observed)
+        return _MeanValuedBlock(self, parameters, observed)
 
     def pooled(self, values: Array, weight: Array, n_components: int) -> MeanParameters:  # noqa: D102
         there = ~np.isnan(values)
@@ -159,5 +159,6 @@ class MeanValued(Family):
 
 def _weight_and_sum(parts: Parts) -> tuple[Array, Array]:
     weight, total = parts["weight"], parts["sum"]
-    assert isinstance(weight, Sums) and isinstance(total, Sums)
+    assert isinstance(weight, Sums)
+    assert isinstance(total, Sums)
     return weight.values, total.values

@@ -94,7 +94,9 @@ class _ProductBlock(Block):
             of_factor, better = block.collect(sums[:, span], weight, centers[:, rows])
             parts.update({f"{name}/{part_name}": part for part_name, part in of_factor.items()})
             if better is not None:
-                changed = np.broadcast_to(centers, (len(better), centers.shape[1])).copy() if changed is None else changed
+                changed = (
+                    np.broadcast_to(centers, (len(better), centers.shape[1])).copy() if changed is None else changed
+                )
                 changed[:, rows] = better
         return parts, changed
 
@@ -216,7 +218,7 @@ class Product(Family):
     ) -> Parts:
         if len(new) > len(old):
             raise FamilyError(
-                f"a product cannot take the new fields {[one.name for one in new[len(old):]]}: it names the family "
+                f"a product cannot take the new fields {[one.name for one in new[len(old) :]]}: it names the family "
                 'of each field; make the schema with unknown="ignore"'
             )
         grown: dict[str, Any] = {}

@@ -147,9 +147,7 @@ class Mixture:
         """
         bound = self.bind(batch.schema)
         ids = np.arange(self.n_components, dtype=np.int64)
-        pooled = MixtureParameters(
-            np.full(self.n_components, 1.0 / self.n_components), bound._pooled(batch), ids
-        )
+        pooled = MixtureParameters(np.full(self.n_components, 1.0 / self.n_components), bound._pooled(batch), ids)
         statistics, _ = bound._expect(pooled, batch, given=responsibilities)
         return bound.m_step(statistics)
 
@@ -294,9 +292,7 @@ class Mixture:
         n_threads: int = 1,
     ) -> tuple[Statistics, Posterior | None]:
         """Run the E-step of a bound model; `given` responsibilities replace those of the parameters."""
-        posterior = (
-            Posterior(np.empty(batch.n_events), np.empty((self.n_components, batch.n_events))) if keep else None
-        )
+        posterior = Posterior(np.empty(batch.n_events), np.empty((self.n_components, batch.n_events))) if keep else None
         weights = np.zeros(self.n_components)
         parts: Parts = {}
         log_likelihood = 0.0
@@ -306,7 +302,9 @@ class Mixture:
             expectation = _Expectation(self, parameters, part_of_batch, observed, n_threads)
             into = posterior
             if posterior is not None and not whole:
-                into = Posterior(np.empty(part_of_batch.n_events), np.empty((self.n_components, part_of_batch.n_events)))
+                into = Posterior(
+                    np.empty(part_of_batch.n_events), np.empty((self.n_components, part_of_batch.n_events))
+                )
             shares = given if given is None or whole else given[:, positions]
             block_log_likelihood, block_weights, new = expectation.run(shares, into, collect)
             if posterior is not None and into is not None and not whole:
@@ -503,4 +501,5 @@ def _blas() -> ThreadpoolController:
 
 def _one_blas_thread() -> AbstractContextManager[Any]:
     """The blocks are the parallelism; BLAS threads below them would only compete."""
-    return _blas().limit(limits=1, user_api="blas")
+    limit: AbstractContextManager[Any] = _blas().limit(limits=1, user_api="blas")
+    return limit
