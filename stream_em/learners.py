@@ -225,7 +225,7 @@ class OnlineEM(FittedMixture):
 
     Events are taken in mini-batches; each is scored, its expected statistics are merged into the
     discounted state, and the M-step follows. Until `warm_up` events have come they are kept aside; then
-    whitened k-means++ and a few batch iterations over them give the first parameters. Predictions are
+    k-means++ and a few batch iterations over them give the first parameters. Predictions are
     defined from the start: before any event log p is 0, during the warm-up it is that of a single
     component fitted to what was seen, and all components are equally responsible.
 

@@ -195,7 +195,7 @@ def view_limits(weights: Array, mean: Array, standard_deviation: Array) -> Limit
 
     The heaviest components that hold 95 % of the weight, and all of weight 1 % or more, are in view whatever
     it takes. A lighter one is if it lies no further out than the view is wide. A component wider than the
-    bulk of the mixture is shown by its center and as much of its width as the bulk is wide.
+    bulk of the mixture is shown by its center and half as far again to each side as the bulk is wide.
 
     Parameters
     ----------
@@ -216,7 +216,7 @@ def view_limits(weights: Array, mean: Array, standard_deviation: Array) -> Limit
     low, high = quantile.ravel()[flat][np.searchsorted(reached, np.array([0.05, 0.95]) * reached[-1])]
     half_width = 2.5 * deviation
     # A component wider than the bulk must not push the others together.
-    half_width = np.minimum(half_width, max(high - low, 2.5 * float(deviation[0])))
+    half_width = np.minimum(half_width, max(1.5 * (high - low), 2.5 * float(deviation[0])))
     heavier = np.cumsum(weights) - weights
     core = (heavier < 0.95 * weights.sum()) | (weights >= ALWAYS_IN_VIEW * weights.sum())
     start, stop = float((mean - half_width)[core].min()), float((mean + half_width)[core].max())

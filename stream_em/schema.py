@@ -477,9 +477,8 @@ class Schema:
             raise SchemaError(f"the frame has duplicate columns: {', '.join(map(repr, repeated))}")
         missing = [name for name in self.names if name not in names]
         if missing:
-            raise SchemaError(
-                f"the frame has no column {', '.join(map(repr, missing))}; its columns are {', '.join(map(repr, names))}"
-            )
+            lacking, present = (", ".join(map(repr, some)) for some in (missing, names))
+            raise SchemaError(f"the frame has no column {lacking}; its columns are {present}")
         schema = self
         unknown = [name for name in names if name not in self._index]
         if unknown:
@@ -711,13 +710,13 @@ def _encode_column(
     if pa.types.is_boolean(type_) or pa.types.is_decimal(type_):
         column = pc.cast(column, pa.float64())
     elif not (pa.types.is_integer(type_) or pa.types.is_floating(type_) or pa.types.is_null(type_)):
-        if _kind_of_column(one.name, type_) == "category":
-            for index, value in enumerate(column.to_pylist()):
-                if value is None:
-                    out[index] = np.nan
-                else:
-                    errors.setdefault(index, EventError(index, one.name, value, EXPECTED[one.kind]))
-            return one
+        # Anything but strings raises: the column as a whole is no field's.
+        _kind_of_column(one.name, type_)
+        for index, value in enumerate(column.to_pylist()):
+            out[index] = np.nan
+            if value is not None:
+                errors.setdefault(index, EventError(index, one.name, value, EXPECTED[one.kind]))
+        return one
     start = 0
     for chunk in column.chunks:
         stop = start + len(chunk)

@@ -1,4 +1,4 @@
-"""Where EM starts: a reservoir of events, whitened k-means++, a few batch iterations, the best of several."""
+"""Where EM starts: a reservoir of events, k-means++, a few batch iterations, the best of several."""
 
 from __future__ import annotations
 
@@ -102,7 +102,8 @@ def seed(
     generator
         Source of randomness.
     n_starts
-        Number of k-means++ starts; the one with the highest log-posterior after `n_iterations` is kept.
+        Number of k-means++ starts, alternately on whitened and on standardised points; the one with the
+        highest log-posterior after `n_iterations` is kept.
     n_iterations
         EM iterations for each start.
 
@@ -114,10 +115,13 @@ def seed(
 
     """
     bound = model.bind(batch.schema)
-    points = whitened(batch)
+    standardized, whitened = points_for_k_means(batch)
     weight = np.ones(batch.n_events) if batch.weight is None else batch.weight
     best: tuple[float, MixtureParameters] | None = None
-    for _ in range(n_starts if model.n_components > 1 else 1):
+    for start in range(n_starts if model.n_components > 1 else 1):
+        # Whitening finds clusters stretched along one axis, which k-means would otherwise cut across it; but it
+        # shrinks the axis along which clusters lie far apart, so every other start goes without.
+        points = standardized if start % 2 else whitened
         parameters = bound.initialize(batch, k_means_responsibilities(points, weight, model.n_components, generator))
         prior = None
         objective = -math.inf
@@ -132,12 +136,12 @@ def seed(
     return best[1]
 
 
-def whitened(batch: Batch) -> Array:
-    """Return points (B, F) in which distance means the same in every direction.
+def points_for_k_means(batch: Batch) -> tuple[Array, Array]:
+    """Return points (B, F) for k-means, first standardised, then whitened.
 
     Counts enter by their square root and durations by their logarithm, which evens out their spread;
-    categories by indicators; a missing value by the mean. Then the pooled covariance is made the identity:
-    k-means on anisotropic data otherwise splits along the longest axis.
+    categories by indicators; a missing value by the mean. Standardised, each coordinate has variance 1;
+    whitened, the pooled covariance is the identity.
     """
     rows: list[Array] = []
     for values, field in zip(batch.values, batch.schema.fields):
@@ -158,12 +162,12 @@ def whitened(batch: Batch) -> Array:
     spread = np.sqrt((centred**2).mean(axis=1))
     varies = spread > 16.0 * np.finfo(np.float64).eps * np.abs(mean)
     if not varies.any():
-        return np.zeros((batch.n_events, 1))
+        return np.zeros((batch.n_events, 1)), np.zeros((batch.n_events, 1))
     standardized = centred[varies] / spread[varies, None]
     eigenvalues, directions = np.linalg.eigh(standardized @ standardized.T / batch.n_events)
     kept = eigenvalues > SMALLEST_EIGENVALUE_SHARE * eigenvalues.sum()
     projected: Array = (directions[:, kept] / np.sqrt(eigenvalues[kept])).T @ standardized
-    return np.ascontiguousarray(projected.T)
+    return np.ascontiguousarray(standardized.T), np.ascontiguousarray(projected.T)
 
 
 def k_means_responsibilities(

@@ -785,7 +785,7 @@ class _River:
         events: list[dict[str, Any]] = []
         stream = iter(self.dataset)
         while True:
-            with _reading(self.name, "River"):
+            with _reading(self.name):
                 event, target = next(stream, (None, None))
             if event is None:
                 break
@@ -919,7 +919,7 @@ def _river_module() -> Any:
 
 
 @contextmanager
-def _reading(path: str, what: str) -> Iterator[None]:
+def _reading(path: str, what: str | None = None) -> Iterator[None]:
     """Turn whatever reading raises into a `SourceError` that names the path."""
     try:
         yield
@@ -927,7 +927,8 @@ def _reading(path: str, what: str) -> Iterator[None]:
         raise
     except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SourceError(f"{path}: cannot be read as {what}, it may be truncated or damaged ({first})") from error
+        problem = f"read as {what}, it may be truncated or damaged" if what else "loaded"
+        raise SourceError(f"{path}: cannot be {problem} ({first})") from error
 
 
 def _nearest(name: str, names: Collection[str]) -> str:

@@ -97,6 +97,11 @@ def make_model(section: ModelSection, schema: Schema) -> Mixture:
         family = section.families.get(field.name, _FAMILY_OF_KIND[field.kind])
         groups.setdefault(section.family if section.family != "auto" else family, []).append(field.name)
     families: dict[str | tuple[str, ...], Family] = {tuple(names): makers[family]() for family, names in groups.items()}
+    if len(families) > 1 and schema.unknown == "add":
+        raise ConfigError(
+            "schema.unknown: add needs a model with one family for all fields, and these fields have several: "
+            f"{', '.join(sorted(groups))}; set it to ignore or refuse, or name all fields in schema.fields"
+        )
     whole = next(iter(families.values())) if len(families) == 1 else Product(families)
     options: dict[str, Any] = {"assignment": section.assignment}
     if section.prior_weight is not None:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
 
-from stream_em import Batch, BatchEM, EventError, NotFittedError, OnlineEM, Schema, load, save
+from stream_em import Batch, BatchEM, EventError, FamilyError, NotFittedError, OnlineEM, Schema, load, save
 from stream_em.cli.build import chunk_rows, make_batch, make_online, make_schema, make_source
 from stream_em.cli.config import Config, SourceSection
 from stream_em.cli.display import Progress, component_table, say
@@ -61,7 +61,13 @@ def run(config: Config, console: Console) -> None:
                 if batch.n_events:
                     # The events of the warm-up are scored under no mixture yet; their scores rate nothing.
                     n_warm = learner.warm_up - n_learned if learner.warming_up else 0
-                    prediction = learner.predict_then_update(batch)
+                    try:
+                        prediction = learner.predict_then_update(batch)
+                    except FamilyError as error:
+                        raise DataError(
+                            f"{source.name}: a new field came after {n_learned:,} events and the model cannot take it "
+                            f"({error}); declare it in schema.fields, or set schema.unknown=ignore"
+                        ) from error
                     parts.add(start, batch, prediction, keep_responsibilities=output.responsibilities)
                     ranking.add(chunk.label, parts.kept[-1][n_warm:], prediction.log_prob[n_warm:])
                     n_learned += batch.n_events
@@ -74,6 +80,8 @@ def run(config: Config, console: Console) -> None:
                 parts.write(scored, chunk, learner)
         if learner is None or n_learned == 0:
             raise DataError(_nothing_usable(source, quarantine))
+        too_short = learner.warming_up
+        learner.finish_warm_up()
         seconds = progress.seconds
         written = [quarantine.path] if quarantine.count else []
         if scored is not None:
@@ -84,6 +92,13 @@ def run(config: Config, console: Console) -> None:
         if output.picture is not None:
             _picture(folder / output.picture, lambda path: _plots().plot_run(learner, history.points(), path))
             written.append(folder / output.picture)
+    if too_short:
+        say(
+            console,
+            f"the source ended within the warm-up of {learner.warm_up:,} events: the components were made from all "
+            "of them, after they were scored; fit or a smaller learner.warm_up suits so few events better",
+            "yellow",
+        )
     if stop.requested:
         say(
             console,
@@ -93,7 +108,7 @@ def run(config: Config, console: Console) -> None:
     say(
         console,
         f"{n_learned:,} events from {source.name} in {seconds:.1f} s ({n_learned / seconds:,.0f} events/s), "
-        f"mean log-likelihood {history.mean:.4f}, effective components {learner.effective_components:.2f}",
+        f"mean log-likelihood {history.shown_mean}, effective components {learner.effective_components:.2f}",
         "bold",
     )
     _report(console, learner, quarantine, None if scored is None else scored.left_out)
@@ -336,9 +351,9 @@ class _History:
                 self._stride *= 2
 
     @property
-    def mean(self) -> float:
+    def shown_mean(self) -> str:
         """Mean log-likelihood of all events scored after the warm-up."""
-        return self._total / self._count if self._count else float("nan")
+        return f"{self._total / self._count:.4f}" if self._count else "not known"
 
     def points(self) -> list[tuple[int, float, npt.NDArray[np.float64]]]:
         """Events so far, mean log-likelihood since the point before, weights."""
@@ -348,7 +363,7 @@ class _History:
         if not self._count:
             return {"warming": "up"}
         return {
-            "mean_log_likelihood": f"{self.mean:.4f}",
+            "mean_log_likelihood": self.shown_mean,
             "effective_components": f"{learner.effective_components:.2f}",
         }
 

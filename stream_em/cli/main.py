@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -248,7 +248,11 @@ def merge(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"stream-em {version('stream-em')}")
+        try:
+            number = version("stream-em")
+        except PackageNotFoundError:
+            number = "(run from its source, not installed)"
+        typer.echo(f"stream-em {number}")
         raise typer.Exit
 
 
