@@ -279,7 +279,7 @@ class Schema:
         return hash((self.fields, self.unknown))
 
     def __repr__(self) -> str:
-        kinds = ", ".join(f"{one.name!r}: {one.kind!r}" for one in self.fields)
+        kinds = ", ".join(f"{one.name!r}: {one if one.categories else one.kind!r}" for one in self.fields)
         return f"Schema({{{kinds}}}, unknown={self.unknown!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -545,7 +545,7 @@ class Schema:
                 if name in self._index:
                     continue
                 if self.unknown == "refuse" or not isinstance(name, str):
-                    expected = "no such field (the schema has " + ", ".join(map(repr, self.names)) + ")"
+                    expected = "only the fields " + ", ".join(map(repr, self.names))
                     errors.setdefault(index, EventError(index, str(name), event[name], expected))
                 elif self.unknown == "add" and extend:
                     if name not in new and not _is_missing(event[name]):

@@ -23,7 +23,7 @@ from cases import (
     draw_parameters,
     draw_values,
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stream_em import (
@@ -236,9 +236,7 @@ def test_discounts_compose(name: str, data: st.DataObject, steps: list[float]) -
 
 @every_family
 @given(data=st.data(), assignment=st.sampled_from(["soft", "hard"]), prior_weight=st.sampled_from([1e-3, 0.01, 2.0]))
-def test_log_posterior_never_decreases(
-    name: str, data: st.DataObject, assignment: str, prior_weight: float
-) -> None:
+def test_log_posterior_never_decreases(name: str, data: st.DataObject, assignment: str, prior_weight: float) -> None:
     case = CASES[name]
     options = {"assignment": assignment, "prior_weight": prior_weight}
     model, start = draw_parameters(case, data.draw(st.integers(1, 4)), data.draw(SEEDS), **options)
@@ -450,6 +448,7 @@ def test_no_hyperparameter_is_left_untested(owner: type) -> None:
 
 
 @every_family
+@settings(max_examples=5)
 @given(data=st.data(), warm=st.booleans())
 def test_snapshot_round_trip_is_bitwise(name: str, data: st.DataObject, warm: bool) -> None:
     case = CASES[name]

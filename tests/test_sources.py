@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from datetime import datetime, timezone
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from stream_em.sources import SourceError, open_source
+
+# This checkout, installed or not.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 
 
 def table(n, offset=0):
@@ -159,9 +163,7 @@ class TestRoles:
         chunk = only(open_source(tmp_path / "a.csv", time="t"))
         assert chunk.time.tolist() == [moment.timestamp()] * 2
         assert [(r.line, r.field, r.value) for r in chunk.rejected] == [(4, "t", "noon")]
-        (tmp_path / "a.jsonl").write_text(
-            f'{{"x": 1, "t": "{moment.isoformat()}"}}\n{{"x": 2, "t": "noon"}}\n'
-        )
+        (tmp_path / "a.jsonl").write_text(f'{{"x": 1, "t": "{moment.isoformat()}"}}\n{{"x": 2, "t": "noon"}}\n')
         times = only(open_source(tmp_path / "a.jsonl", time="t")).time
         assert times[0] == moment.timestamp()
         assert np.isnan(times[1])
@@ -250,9 +252,7 @@ class TestRefusals:
         whole = (tmp_path / "a.parquet").read_bytes()
         for size in (0, 3, 100, len(whole) // 2, len(whole) - 1):
             (tmp_path / "a.parquet").write_bytes(whole[:size])
-            self.refused(
-                r"a\.parquet: cannot be read as Parquet, it may be truncated", tmp_path / "a.parquet"
-            )
+            self.refused(r"a\.parquet: cannot be read as Parquet, it may be truncated", tmp_path / "a.parquet")
 
     def test_damaged_parquet_pages(self, tmp_path):
         pq.write_table(table(1000), tmp_path / "a.parquet")
@@ -268,9 +268,7 @@ class TestRefusals:
     def test_nothing_there(self, tmp_path):
         (tmp_path / "events.csv").write_text("x\n1\n")
         (tmp_path / "empty").mkdir()
-        self.refused(
-            r"event\.csv: no such file or folder; did you mean '.*events\.csv'", tmp_path / "event.csv"
-        )
+        self.refused(r"event\.csv: no such file or folder; did you mean '.*events\.csv'", tmp_path / "event.csv")
         self.refused("no file matches the pattern", f"{tmp_path}/*.pq")
         self.refused("the folder holds no Parquet, CSV or JSON Lines files", tmp_path / "empty")
 
@@ -287,9 +285,7 @@ class TestRefusals:
         pa.csv.write_csv(table(3), tmp_path / "a.csv")
         (tmp_path / "a.jsonl").write_text('{"country": 1}\n{"country": 1}\n')
         for name in ("a.parquet", "a.csv", "a.jsonl"):
-            self.refused(
-                f"{name}: has no column 'contry'; did you mean 'country'", tmp_path / name, label="contry"
-            )
+            self.refused(f"{name}: has no column 'contry'; did you mean 'country'", tmp_path / name, label="contry")
         for options in ({"exclude": ["contry"]}, {"only": ["contry"]}, {"fields": {"contry": "category"}}):
             self.refused("has no column 'contry'", tmp_path / "a.csv", **options)
 
@@ -327,7 +323,9 @@ class TestRefusals:
 
 def in_a_process(code, given):
     program = "from stream_em.sources import open_source\n" + textwrap.dedent(code)
-    done = subprocess.run([sys.executable, "-c", program], input=given, capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], input=given, capture_output=True, check=False, env=ENVIRONMENT
+    )
     return done.stdout.decode(), done.stderr.decode()
 
 
@@ -359,7 +357,7 @@ class TestStandardInput:
         """
         program = "from stream_em.sources import open_source\n" + textwrap.dedent(code)
         process = subprocess.Popen(
-            [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT
         )
         header = b"" if b"{" in lines else b"x\n"
         process.stdin.write(header + b"".join(lines % i for i in range(5)))

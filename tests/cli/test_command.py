@@ -1,0 +1,594 @@
+"""The command, run as a person runs it: real processes on real files."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+import pytest
+
+from stream_em import BatchEM, OnlineEM, RobbinsMonro, load
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+# This checkout, installed or not.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+COMMAND = [sys.executable, "-m", "stream_em.cli"]
+
+
+def events(n=3000, seed=0):
+    """Three clusters, one of them in another country, and some anomalies far out."""
+    generator = np.random.default_rng(seed)
+    cluster = generator.integers(3, size=n)
+    anomalous = generator.random(n) < 0.02
+    x = generator.normal(size=(n, 2)) + np.array([[0, 0], [9, 0], [0, 9]])[cluster]
+    x[anomalous] += 40
+    return pa.table(
+        {
+            "id": [f"e{i}" for i in range(n)],
+            "x": x[:, 0],
+            "y": x[:, 1],
+            "country": np.array(["DE", "DE", "FR"])[cluster],
+            "ok": generator.random(n) < 0.5,
+            "items": generator.poisson(3, n),
+            "fraud": anomalous.astype(int),
+        }
+    )
+
+
+SOURCE = {"label": "fraud", "exclude": ["id"]}
+SMALL = {"model": {"n_components": 3}, "learner": {"batch_size": 250, "warm_up": 300}}
+
+
+def stream_em(*arguments, cwd, given=None, code=0):
+    done = subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        cwd=cwd,
+        input=given,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def write_job(folder, **sections):
+    # JSON is YAML.
+    (folder / "job.yaml").write_text(json.dumps({**SMALL, **sections}))
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """A finished run over a Parquet file."""
+    folder = tmp_path_factory.mktemp("ran")
+    pq.write_table(events(), folder / "events.parquet", row_group_size=700)
+    write_job(folder, source={"path": "events.parquet", **SOURCE})
+    done = stream_em("run", "job.yaml", "output.responsibilities=true", cwd=folder)
+    return folder, done
+
+
+class TestRun:
+    def test_it_says_what_it_did(self, ran):
+        _, done = ran
+        assert re.search(r"^3,000 events from events\.parquet in .* events/s\), mean log-likelihood -\d", done.stdout)
+        assert "effective components" in done.stdout
+        assert re.search(r"x -?[\d.]+ ± ", done.stdout)
+        assert "'FR'" in done.stdout
+        assert "\x1b" not in done.stdout
+        assert done.stderr == ""
+
+    def test_scored_events_hold_the_events_and_what_the_model_says_of_them(self, ran):
+        folder, _ = ran
+        scored = pq.read_table(folder / "output" / "scored.parquet")
+        assert scored.select(events().column_names).equals(events())
+        assert scored.column_names[7:] == [
+            "component",
+            "log_prob",
+            "responsibility_0",
+            "responsibility_1",
+            "responsibility_2",
+        ]
+        responsibilities = np.array([scored[name] for name in scored.column_names[9:]])
+        np.testing.assert_allclose(responsibilities.sum(axis=0), 1.0)
+        warm = 300
+        np.testing.assert_array_equal(scored["component"].to_numpy()[warm:], responsibilities.argmax(axis=0)[warm:])
+        # The cluster of the other country is found by the time the second half comes.
+        french = np.array(scored["country"])[1500:] == "FR"
+        component = scored["component"].to_numpy()[1500:]
+        typical = np.bincount(component[french]).argmax()
+        assert np.mean((component == typical) == french) > 0.95
+
+    def test_it_is_the_library_doing_predict_then_learn(self, ran):
+        folder, _ = ran
+        saved = load(folder / "output" / "model.arrow")
+        learner = OnlineEM(saved.model, schedule=RobbinsMonro(0.6), batch_size=250, warm_up=300, seed=0)
+        table = events().drop_columns(["id", "fraud"])
+        log_prob = [
+            learner.predict_then_update(learner_events).log_prob
+            for learner_events in (table.slice(start, 250) for start in range(0, 3000, 250))
+        ]
+        scored = pq.read_table(folder / "output" / "scored.parquet")
+        # The schema of the command counts "items" as numeric too: it is inferred from the same table.
+        np.testing.assert_allclose(scored["log_prob"].to_numpy(), np.concatenate(log_prob), rtol=1e-9)
+        np.testing.assert_allclose(saved.parameters.weights, learner.parameters.weights, rtol=1e-9)
+
+    def test_the_label_only_rates_the_score(self, ran):
+        folder, done = ran
+        assert load(folder / "output" / "model.arrow").schema.names == ("x", "y", "country", "ok", "items")
+        area, n_anomalous, n_normal = re.search(
+            r"ROC-AUC .* after the warm-up: ([\d.]+) \((\d+) anomalies, ([\d,]+) normal\)", done.stdout
+        ).groups()
+        metrics = pytest.importorskip("sklearn.metrics")
+        scored = pq.read_table(folder / "output" / "scored.parquet").slice(300)
+        expected = metrics.roc_auc_score(scored["fraud"], -scored["log_prob"].to_numpy())
+        assert float(area) == pytest.approx(expected, abs=5e-5)
+        assert int(n_anomalous) + int(n_normal.replace(",", "")) == 2700
+
+    def test_picture_snapshot_and_an_empty_quarantine_are_there_and_nothing_else(self, ran):
+        folder, done = ran
+        output = folder / "output"
+        written = ["model.arrow", "picture.png", "quarantine.jsonl", "scored.parquet"]
+        assert sorted(path.name for path in output.iterdir()) == written
+        assert (output / "picture.png").read_bytes().startswith(b"\x89PNG")
+        assert (output / "quarantine.jsonl").read_text() == ""
+        assert f"wrote {Path('output') / 'scored.parquet'}" in done.stdout
+
+    def test_every_format_gives_the_same_scores(self, ran, tmp_path):
+        folder, _ = ran
+        pa_csv.write_csv(events(), tmp_path / "e.csv")
+        lines = "".join(json.dumps(event) + "\n" for event in events().to_pylist())
+        (tmp_path / "e.jsonl").write_text(lines)
+        wanted = pq.read_table(folder / "output" / "scored.parquet")["log_prob"].to_numpy()
+        write_job(tmp_path, source={"path": "e.csv", **SOURCE}, output={"picture": None})
+        for arguments, given in (([], None), (["source.path=e.jsonl"], None), (["source.path=-"], lines)):
+            stream_em("run", "job.yaml", *arguments, cwd=tmp_path, given=given)
+            scored = pq.read_table(tmp_path / "output" / "scored.parquet")
+            np.testing.assert_allclose(scored["log_prob"].to_numpy(), wanted, rtol=1e-9)
+            assert scored["id"].to_pylist() == events()["id"].to_pylist()
+            assert scored["fraud"].to_pylist() == events()["fraud"].to_pylist()
+
+    def test_row_groups_are_large_and_rows_are_in_order_whatever_the_batch_size(self, tmp_path):
+        n = 150_000
+        table = pa.table({"x": np.random.default_rng(0).normal(size=n), "i": np.arange(n)})
+        for number, start in enumerate(range(0, n, 40_000)):
+            pq.write_table(table.slice(start, 40_000), tmp_path / f"{number}.parquet", row_group_size=3_000)
+        write_job(tmp_path, source={"path": "*.parquet", "exclude": ["i"]}, output={"picture": None})
+        stream_em("run", "job.yaml", "learner.batch_size=7000", cwd=tmp_path)
+        file = pq.ParquetFile(tmp_path / "output" / "scored.parquet")
+        assert file.num_row_groups <= 3
+        assert file.read()["i"].equals(table["i"])
+
+    def test_shuttle(self, tmp_path):
+        pytest.importorskip("river")
+        done = stream_em("run", CONFIGS / "shuttle.yaml", "output.picture=null", cwd=tmp_path)
+        area = float(re.search(r"after the warm-up: ([\d.]+)", done.stdout).group(1))
+        assert area > 0.95
+        scored = pq.read_table(tmp_path / "output" / "shuttle" / "scored.parquet")
+        assert scored.num_rows == 49_097
+        assert sum(scored["anomaly"].to_pylist()) == 3_511
+        assert "anomaly" not in load(tmp_path / "output" / "shuttle" / "model.arrow").schema.names
+
+
+class TestBadEvents:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def bad(cls, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("bad")
+        stream = events(600).select(["x", "y", "country"]).to_pylist()
+        self_made = {
+            3: {"x": "12,5"},
+            50: {"y": float("inf")},
+            51: {"country": {"code": "DE"}},
+            52: {"x": 10**400},
+            300: {"country": 7},
+            301: {"shop": 1},
+        }
+        for index, change in self_made.items():
+            stream[index] = stream[index] | change
+        stream[302] = {}
+        lines = [json.dumps(event) for event in stream]
+        lines[303] = lines[303][:-4]
+        (folder / "events.jsonl").write_text("\n".join(lines) + "\n")
+        write_job(folder, source={"path": "events.jsonl"}, output={"picture": None})
+        return folder, [*sorted(self_made), 302, 303]
+
+    def test_they_are_set_aside_with_the_reason_and_counted(self, bad):
+        folder, indices = bad
+        done = stream_em("run", "job.yaml", cwd=folder)
+        assert "592 events from events.jsonl" in done.stdout
+        assert "8 events could not be used and are in quarantine" in done.stdout
+        lines = (folder / "output" / "quarantine.jsonl").read_text().splitlines()
+        records = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+        records.sort(key=lambda record: record["index"])
+        assert [record["index"] for record in records] == indices
+        assert all(record["line"] == record["index"] + 1 for record in records)
+        assert {record["source"] for record in records} == {"events.jsonl"}
+        fields = ["x", "y", "country", "x", "country", "shop", None, None]
+        assert [record["field"] for record in records] == fields
+        assert [record["value"] for record in records[:3]] == ["12,5", "inf", {"code": "DE"}]
+        assert records[0]["event"]["x"] == "12,5"
+        assert all(record["reason"] for record in records)
+        scored = pq.read_table(folder / "output" / "scored.parquet")
+        assert scored.num_rows == 592
+        assert np.isfinite(scored["log_prob"].to_numpy()).all()
+        assert scored["x"].null_count == 0
+
+    def test_the_others_are_learned_as_if_the_bad_ones_had_never_been(self, bad, tmp_path):
+        folder, indices = bad
+        good = [e for i, e in enumerate(events(600).select(["x", "y", "country"]).to_pylist()) if i not in indices]
+        (tmp_path / "good.jsonl").write_text("".join(json.dumps(event) + "\n" for event in good))
+        fields = "schema.fields={x: numeric, y: numeric, country: category}"
+        one_batch = [fields, "learner.batch_size=600", "learner.warm_up=100"]
+        stream_em("run", "job.yaml", *one_batch, "output.folder=one", cwd=folder)
+        write_job(tmp_path, source={"path": "good.jsonl"}, output={"picture": None})
+        stream_em("run", "job.yaml", *one_batch, cwd=tmp_path)
+        scores = [
+            pq.read_table(path)["log_prob"].to_numpy()
+            for path in (folder / "one" / "scored.parquet", tmp_path / "output" / "scored.parquet")
+        ]
+        np.testing.assert_allclose(scores[0], scores[1], rtol=1e-9)
+
+    def test_raise_stops_at_the_first_and_leaves_nothing(self, bad):
+        folder, _ = bad
+        done = stream_em("run", "job.yaml", "output.on_error=raise", "output.folder=strict", cwd=folder, code=1)
+        assert done.stderr.startswith("error: events.jsonl, event 3 (line 4), field 'x': '12,5': expected")
+        assert list((folder / "strict").iterdir()) == []
+
+    def test_csv_cells(self, tmp_path):
+        rows = [f"{i % 7}.5,{i}" for i in range(400)]
+        rows[20], rows[30], rows[399] = "abc,1", "1.0", "2.0,-inf"
+        (tmp_path / "events.csv").write_text("x,y\n" + "\n".join(rows) + "\n")
+        write_job(tmp_path, source={"path": "events.csv"}, output={"picture": None})
+        stream_em("run", "job.yaml", cwd=tmp_path)
+        records = [json.loads(line) for line in (tmp_path / "output" / "quarantine.jsonl").read_text().splitlines()]
+        found = [(record["line"], record["field"], record["value"]) for record in records]
+        assert found == [(22, "x", "abc"), (32, None, None), (401, "y", "-inf")]
+
+    def test_when_no_event_can_be_used_the_commonest_reason_is_told(self, tmp_path):
+        (tmp_path / "events.jsonl").write_text('{"y": 1.0}\n' * 20)
+        write_job(tmp_path, source={"path": "events.jsonl"}, schema={"fields": {"x": "numeric"}})
+        for command in ("run", "fit"):
+            done = stream_em(command, "job.yaml", cwd=tmp_path, code=1)
+            assert "none of its 20 events could be used; 20 of them because of y:" in done.stderr
+
+    def test_hard_but_legal_data(self, tmp_path):
+        generator = np.random.default_rng(0)
+        n = 1000
+        table = pa.table(
+            {
+                "constant": np.full(n, 3.0),
+                "offset": 1e8 + generator.normal(size=n),
+                "tiny": 1e-8 * generator.normal(size=n),
+                "gaps": pa.array(generator.normal(size=n), mask=generator.random(n) < 0.3),
+            }
+        )
+        pq.write_table(table, tmp_path / "hard.parquet")
+        pq.write_table(table.take([0] * n), tmp_path / "same.parquet")
+        write_job(tmp_path, source={"path": "hard.parquet"})
+        for path in ("hard.parquet", "same.parquet"):
+            stream_em("run", "job.yaml", f"source.path={path}", cwd=tmp_path)
+            mean, deviation = load(tmp_path / "output" / "model.arrow").marginals()
+            assert np.isfinite(mean).all()
+            assert (deviation > 0).all()
+            assert np.isfinite(pq.read_table(tmp_path / "output" / "scored.parquet")["log_prob"].to_numpy()).all()
+
+
+class TestNewFields:
+    @pytest.fixture
+    def job(self, tmp_path):
+        lines = [json.dumps({"x": float(i % 9)} | ({"y": float(i % 5)} if i >= 600 else {})) for i in range(1000)]
+        (tmp_path / "events.jsonl").write_text("\n".join(lines))
+        write_job(tmp_path, source={"path": "events.jsonl"}, output={"picture": None})
+        return tmp_path
+
+    def test_refused(self, job):
+        done = stream_em("run", "job.yaml", cwd=job)
+        assert "400 events could not be used" in done.stdout
+        assert load(job / "output" / "model.arrow").n_events == 600
+
+    def test_ignored(self, job):
+        done = stream_em("run", "job.yaml", "schema.unknown=ignore", cwd=job)
+        assert "field 'y' is not in the schema and was ignored in 400 events" in done.stdout
+        assert load(job / "output" / "model.arrow").schema.names == ("x",)
+
+    def test_added(self, job):
+        stream_em("run", "job.yaml", "schema.unknown=add", cwd=job)
+        learner = load(job / "output" / "model.arrow")
+        assert learner.schema.names == ("x", "y")
+        assert learner.n_events == 1000
+
+    def test_a_field_that_the_model_cannot_take_is_told_in_time_or_named(self, job):
+        families = ["schema.unknown=add", "schema.fields={x: numeric, c: category}"]
+        done = stream_em("run", "job.yaml", *families, cwd=job, code=2)
+        assert "schema.unknown: add needs a model with one family" in done.stderr
+        text = (job / "events.jsonl").read_text()
+        (job / "events.jsonl").write_text(text + '\n{"x": 1.0, "c": "a"}')
+        done = stream_em("run", "job.yaml", "schema.unknown=add", cwd=job, code=1)
+        assert "a new field came after 1,000 events" in done.stderr
+
+
+def test_a_source_shorter_than_the_warm_up_still_gives_components(tmp_path):
+    pq.write_table(events(200).select(["x", "y"]), tmp_path / "events.parquet")
+    write_job(tmp_path, source={"path": "events.parquet"}, output={"picture": None})
+    done = stream_em("run", "job.yaml", cwd=tmp_path)
+    assert "the source ended within the warm-up of 300 events" in done.stdout
+    mean = load(tmp_path / "output" / "model.arrow").marginals()[0]
+    assert np.ptp(mean, axis=0).min() > 5
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("arguments", "code", "message"),
+        [
+            (
+                ["run", "job.yaml", "model.n_component=3"],
+                2,
+                "model.n_component: no such key; did you mean 'n_components'?",
+            ),
+            (["run", "nowhere.yaml"], 2, "nowhere.yaml: No such file"),
+            (["run", "job.yaml", "model.family=gaussian"], 2, "'country' is of kind 'category'"),
+            (
+                ["run", "job.yaml", "model.families.z=poisson"],
+                2,
+                "model.families.z: the events have no such field",
+            ),
+            (
+                ["run", "job.yaml", "source.path=missing.parquet"],
+                1,
+                "missing.parquet: no such file or folder",
+            ),
+            (
+                ["run", "job.yaml", "source.path=cut.parquet"],
+                1,
+                "cut.parquet: cannot be read as Parquet, it may be truncated",
+            ),
+            (["run", "job.yaml", "source.path=empty.csv"], 1, "empty.csv: holds no events"),
+            (["run", "job.yaml", "source.label=frod"], 1, "has no column 'frod'; did you mean 'fraud'?"),
+            (
+                ["run", "job.yaml", "schema.unknown=refuse", "schema.fields={x: numeric}"],
+                1,
+                "no field of the schema",
+            ),
+            (
+                ["run", "job.yaml", "source.exclude=[id]", "source.path=scored.parquet"],
+                1,
+                "set output.prefix",
+            ),
+            (["fit", "job.yaml", "source.path=-"], 1, "this one can be read only once"),
+            (["show", "job.yaml"], 1, "job.yaml: not a readable Arrow file"),
+            (["show", "nowhere.arrow"], 1, "nowhere.arrow"),
+            (["plot", "job.yaml", "-o", "picture.bmp"], 1, "job.yaml"),
+            (["merge", "job.yaml", "-o", "merged.arrow"], 2, "merge needs two snapshots or more"),
+            (["score", "job.yaml"], 2, "Missing argument"),
+            (["frobnicate"], 2, "No such command"),
+        ],
+    )
+    def test_one_message_and_an_exit_code(self, tmp_path, arguments, code, message):
+        table = events(50)
+        pq.write_table(table, tmp_path / "events.parquet")
+        pq.write_table(table.append_column("component", table["items"]), tmp_path / "scored.parquet")
+        (tmp_path / "cut.parquet").write_bytes((tmp_path / "events.parquet").read_bytes()[:-50])
+        (tmp_path / "empty.csv").write_text(",".join(table.column_names) + "\n")
+        write_job(tmp_path, source={"path": "events.parquet", **SOURCE}, learner={"warm_up": 20})
+        done = stream_em(*arguments, cwd=tmp_path, given="", code=code)
+        assert message in " ".join(done.stderr.split())
+        assert not list(tmp_path.rglob("output/*")), "a failed job left files behind"
+
+
+class TestStopping:
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_a_signal_finishes_the_batch_and_writes_everything(self, tmp_path, number):
+        write_job(tmp_path, source={"path": "-"}, output={"picture": None})
+        process = subprocess.Popen(
+            [*COMMAND, "run", "job.yaml"],
+            cwd=tmp_path,
+            env=ENVIRONMENT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        stream = events(620).select(["x", "y", "country"]).to_pylist()
+        process.stdin.write("".join(json.dumps(event) + "\n" for event in stream))
+        process.stdin.flush()
+        # It has begun to listen to signals once its quarantine is there, and then waits for more events.
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("output/.*quarantine.jsonl")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(2)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+        assert "stopped by" in out
+        # Two whole batches of 250, and the 120 events that were waiting for a batch to be full.
+        assert "620 events from standard input" in out
+        assert load(tmp_path / "output" / "model.arrow").n_events == 620
+        assert pq.read_table(tmp_path / "output" / "scored.parquet").num_rows == 620
+
+    def test_a_reader_that_goes_away_is_no_error(self, ran):
+        folder, _ = ran
+        command = " ".join([*COMMAND, "show", "output/model.arrow"])
+        done = subprocess.run(
+            f"{command} | true", shell=True, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False
+        )
+        assert "Traceback" not in done.stderr
+        assert "BrokenPipe" not in done.stderr
+
+
+class TestFit:
+    def test_it_is_batch_em_over_the_whole_source(self, ran, tmp_path):
+        folder, _ = ran
+        arguments = [f"source.path={folder / 'events.parquet'}", "learner.max_iter=20"]
+        write_job(tmp_path, source={"path": "later", **SOURCE})
+        done = stream_em("fit", "job.yaml", *arguments, cwd=tmp_path)
+        saved = load(tmp_path / "output" / "model.arrow")
+        assert isinstance(saved, BatchEM)
+        assert saved.n_events == 3000
+        assert f"{len(saved.history)} iterations" in done.stdout
+        table = events().drop_columns(["id", "fraud"])
+        expected = BatchEM(saved.model, max_iter=20, seed=0).fit(lambda: iter([table]))
+        np.testing.assert_allclose(saved.history, expected.history, rtol=1e-9)
+        assert (tmp_path / "output" / "picture.png").stat().st_size > 0
+
+    def test_a_bad_event_is_counted_once_though_it_is_read_in_every_pass(self, tmp_path):
+        lines = [json.dumps(event) for event in events(500).select(["x", "y"]).to_pylist()]
+        lines[7] = "{"
+        lines[8] = '{"x": "a", "y": 1}'
+        (tmp_path / "events.jsonl").write_text("\n".join(lines))
+        write_job(tmp_path, source={"path": "events.jsonl"}, output={"picture": None})
+        done = stream_em("fit", "job.yaml", cwd=tmp_path)
+        assert "2 events could not be used" in done.stdout
+        assert len((tmp_path / "output" / "quarantine.jsonl").read_text().splitlines()) == 2
+        assert load(tmp_path / "output" / "model.arrow").n_events == 498
+
+
+class TestSnapshots:
+    def test_score_writes_what_the_model_says_and_carries_the_other_columns(self, ran, tmp_path):
+        folder, _ = ran
+        fresh = events(500, seed=1)
+        pa_csv.write_csv(fresh, tmp_path / "fresh.csv")
+        snapshot = folder / "output" / "model.arrow"
+        done = stream_em("score", snapshot, "fresh.csv", "-o", "s.parquet", "source.label=fraud", cwd=tmp_path)
+        scored = pq.read_table(tmp_path / "s.parquet")
+        prediction = load(snapshot).score_events(fresh.drop_columns(["id", "fraud"]))
+        np.testing.assert_allclose(scored["log_prob"].to_numpy(), prediction.log_prob, rtol=1e-9)
+        assert scored["component"].to_pylist() == prediction.component.tolist()
+        assert scored["id"].to_pylist() == fresh["id"].to_pylist()
+        assert "ROC-AUC" in done.stdout
+
+    def test_score_takes_the_source_of_a_job(self, ran):
+        folder, _ = ran
+        stream_em("score", "output/model.arrow", "job.yaml", "output.folder=scores", cwd=folder)
+        assert pq.read_table(folder / "scores" / "scored.parquet").num_rows == 3000
+
+    def test_show_lists_every_component(self, ran):
+        folder, _ = ran
+        done = stream_em("show", "output/model.arrow", cwd=folder)
+        learner = load(folder / "output" / "model.arrow")
+        for identity, weight in zip(learner.parameters.component_ids, learner.parameters.weights, strict=True):
+            assert re.search(rf"{identity} .* {weight:.2%}", done.stdout)
+        assert "3,000" in done.stdout
+
+    def test_plot_draws_beside_the_snapshot_or_where_told(self, ran, tmp_path):
+        folder, _ = ran
+        stream_em("plot", folder / "output" / "model.arrow", "-o", "sub.svg", cwd=tmp_path)
+        assert "<svg" in (tmp_path / "sub.svg").read_text()
+
+    def test_merge_adds_what_two_learned(self, ran, tmp_path):
+        folder, _ = ran
+        snapshot = folder / "output" / "model.arrow"
+        stream_em("merge", snapshot, snapshot, "-o", "both.arrow", cwd=tmp_path)
+        one, both = load(snapshot), load(tmp_path / "both.arrow")
+        assert both.n_events == 2 * one.n_events
+        # Not the same to the last digit: the prior counts for half as much.
+        np.testing.assert_allclose(both.parameters.weights, one.parameters.weights, rtol=1e-2)
+
+    def test_strangers_do_not_merge(self, ran, tmp_path):
+        folder, _ = ran
+        pq.write_table(events(seed=2), tmp_path / "others.parquet")
+        write_job(tmp_path, source={"path": "others.parquet", **SOURCE}, output={"picture": None})
+        stream_em("run", "job.yaml", cwd=tmp_path)
+        own = tmp_path / "output" / "model.arrow"
+        done = stream_em("merge", folder / "output" / "model.arrow", own, "-o", "both.arrow", cwd=tmp_path, code=1)
+        assert "do not merge" in done.stderr
+        assert not (tmp_path / "both.arrow").exists()
+
+
+class TestOptions:
+    def test_labels_that_are_words(self, tmp_path):
+        table = events()
+        words = np.array(["fine", "fraud"])[table["fraud"].to_numpy()]
+        table = table.set_column(6, "fraud", pa.array(words))
+        pq.write_table(table, tmp_path / "events.parquet")
+        write_job(tmp_path, source={"path": "events.parquet", **SOURCE}, output={"picture": None})
+        assert "source.anomaly_labels" in stream_em("run", "job.yaml", cwd=tmp_path).stdout
+        done = stream_em("run", "job.yaml", "source.anomaly_labels=[fraud]", cwd=tmp_path)
+        assert float(re.search(r"after the warm-up: ([\d.]+)", done.stdout).group(1)) > 0.9
+
+    def test_half_life_needs_and_uses_event_time(self, tmp_path):
+        generator = np.random.default_rng(0)
+        n = 2000
+        table = pa.table({"x": generator.normal(size=n) + np.repeat([0.0, 50.0], n // 2), "t": np.arange(n)})
+        pq.write_table(table, tmp_path / "events.parquet")
+        schedule = "learner.schedule={kind: half_life, half_life: 100}"
+        write_job(tmp_path, source={"path": "events.parquet", "time": "t"}, output={"picture": None})
+        means = []
+        for arguments in ([], [schedule]):
+            stream_em("run", "job.yaml", "model.n_components=1", *arguments, cwd=tmp_path)
+            means.append(load(tmp_path / "output" / "model.arrow").marginals()[0].item())
+        assert means[0] < 49
+        assert means[1] == pytest.approx(50, abs=0.5)
+
+    def test_families_by_kind_and_by_name(self, tmp_path):
+        pq.write_table(events(), tmp_path / "events.parquet")
+        fields = {"x": "numeric", "y": "numeric", "country": "category", "ok": "flag", "items": "count"}
+        write_job(
+            tmp_path,
+            source={"path": "events.parquet", **SOURCE},
+            schema={"fields": fields},
+            output={"picture": None, "scored_events": None},
+        )
+        stream_em("run", "job.yaml", "model.covariance_type=diag", cwd=tmp_path)
+        families = load(tmp_path / "output" / "model.arrow").model.family.families
+        names = {str(key): type(family).__name__ for key, family in families.items()}
+        assert sorted(names.values()) == ["Bernoulli", "Categorical", "Gaussian", "Poisson"]
+        stream_em("run", "job.yaml", "model.families.items=gaussian", cwd=tmp_path)
+        families = load(tmp_path / "output" / "model.arrow").model.family.families
+        assert ("x", "y", "items") in families
+        assert not (tmp_path / "output" / "scored.parquet").exists()
+
+    def test_weights(self, tmp_path):
+        table = events(1000).select(["x", "y"])
+        weighted = table.append_column("w", pa.array([2.0] * 500 + [-1.0] + [0.5] * 499))
+        pq.write_table(weighted, tmp_path / "events.parquet")
+        write_job(tmp_path, source={"path": "events.parquet", "weight": "w"}, output={"picture": None})
+        stream_em("run", "job.yaml", cwd=tmp_path)
+        (record,) = map(json.loads, (tmp_path / "output" / "quarantine.jsonl").read_text().splitlines())
+        assert (record["index"], record["field"], record["value"]) == (500, "w", -1.0)
+        assert load(tmp_path / "output" / "model.arrow").schema.names == ("x", "y")
+
+
+@pytest.mark.parametrize("command", ["", "run", "fit", "score", "show", "plot", "merge"])
+def test_help_teaches_by_examples(command, tmp_path):
+    done = stream_em(*command.split(), "--help", cwd=tmp_path)
+    assert f"stream-em {command or 'run'} " in done.stdout
+    if command == "run":
+        assert "learner.schedule.alpha" in done.stdout
+        assert "'source.exclude=[id, comment]'" in done.stdout
+
+
+def test_a_terminal_gets_a_live_line(tmp_path):
+    pty = pytest.importorskip("pty")
+    n = 300_000
+    pq.write_table(pa.table({"x": np.random.default_rng(0).normal(size=n)}), tmp_path / "events.parquet")
+    write_job(tmp_path, source={"path": "events.parquet"}, output={"picture": None})
+    main, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [*COMMAND, "run", "job.yaml"], cwd=tmp_path, stdout=terminal, env={**ENVIRONMENT, "TERM": "xterm"}
+    )
+    os.close(terminal)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(main, 65_536)
+        except OSError:
+            break
+        if not piece:
+            break
+        shown += piece
+    assert process.wait(timeout=60) == 0
+    lines = re.findall(rb"([\d,]+) events \xc2\xb7 [\d,]+ events/s", shown)
+    assert len(lines) >= 2, shown
+    assert b"\x1b[" in shown

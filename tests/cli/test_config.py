@@ -1,0 +1,165 @@
+"""The configuration: overrides, and messages that name the key and what would be valid."""
+
+from pathlib import Path
+
+import pytest
+
+from stream_em.cli.config import ConfigError, check_config, describe_keys, load_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def check(content=None, *overrides):
+    return check_config({"source": {"path": "events.csv"}, **(content or {})}, overrides, "job.yaml")
+
+
+def refused(content=None, *overrides):
+    with pytest.raises(ConfigError) as caught:
+        check(content, *overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
+def test_the_configurations_that_ship_are_valid(name):
+    load_config(CONFIGS / name)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"sorce": {}}, "job.yaml: sorce: no such key; did you mean 'source'?"),
+        (
+            {"model": {"n_component": 3}},
+            "job.yaml: model.n_component: no such key; did you mean 'n_components'?",
+        ),
+        ({"model": {"seed": 3}}, "job.yaml: model.seed: no such key; did you mean 'learner.seed'?"),
+        (
+            {"model": {"n_components": "five"}},
+            "job.yaml: model.n_components: expected a whole number, got 'five'",
+        ),
+        (
+            {"model": {"n_components": True}},
+            "job.yaml: model.n_components: expected a whole number, got True",
+        ),
+        ({"model": {"n_components": 2.0}}, "job.yaml: model.n_components: expected a whole number, got 2.0"),
+        (
+            {"model": {"n_components": 0}},
+            "job.yaml: model.n_components: expected greater than or equal to 1, got 0",
+        ),
+        ({"learner": {"averaging": "yes"}}, "job.yaml: learner.averaging: expected true or false, got 'yes'"),
+        ({"learner": {"tol": "small"}}, "job.yaml: learner.tol: expected a number, got 'small'"),
+        ({"learner": {"tol": float("nan")}}, "job.yaml: learner.tol: expected"),
+        ({"learner": 3}, "job.yaml: learner: expected keys with values below it, got 3"),
+        ({"learner": {"schedule": {"kind": "robins_monro"}}}, "did you mean 'robbins_monro'?"),
+        (
+            {"learner": {"schedule": {"kind": "constant", "valeu": 0.1}}},
+            "job.yaml: learner.schedule.valeu: no such key; did you mean 'value'?",
+        ),
+        ({"learner": {"schedule": {"kind": "constant"}}}, "job.yaml: learner.schedule.value: is missing"),
+        ({"learner": {"schedule": {"alpha": 0.7}}}, "job.yaml: learner.schedule.kind: is missing"),
+        (
+            {"learner": {"schedule": {"kind": "robbins_monro", "alpha": 0.5}}},
+            "schedule.alpha: expected greater than 0.5",
+        ),
+        ({"learner": {"schedule": {"kind": "half_life", "half_life": 60}}}, "name its column in source.time"),
+        ({"schema": {"fields": {"a": "numerc"}}}, "schema.fields.a: expected one of numeric, category, flag"),
+        ({"schema": {"fields": {"a": "numerc"}}}, "did you mean 'numeric'?"),
+        ({"model": {"family": "gausian"}}, "did you mean 'gaussian'?"),
+        ({"model": {"families": {"a": "poison"}}}, "model.families.a: expected one of"),
+        (
+            {"model": {"family": "gaussian", "families": {"a": "poisson"}}},
+            "model.families needs model.family: auto",
+        ),
+        (
+            {"schema": {"fields": {"a": "count"}}, "model": {"families": {"b": "poisson"}}},
+            "model.families.b: schema.fields has no such field",
+        ),
+        (
+            {"schema": {"fields": {"id": "numeric"}}, "source": {"path": "x", "exclude": ["id"]}},
+            "schema.fields.id: is kept from the model by the source section",
+        ),
+        ({"source": {}}, "job.yaml: source: expected exactly one of 'path' and 'river'"),
+        ({"source": {"path": "a", "river": "Shuttle"}}, "expected exactly one of 'path' and 'river'"),
+        ({"source": {"path": ["a.csv", 3]}}, "job.yaml: source.path.1: expected a text, got 3"),
+        ({"output": {"snapshot": "a", "picture": "a"}}, "expected a different file name for each output"),
+    ],
+)
+def test_what_is_refused_and_how(content, message):
+    assert message in refused(content)
+
+
+def test_all_mistakes_are_reported_at_once():
+    assert refused({"sorce": {}, "model": {"n_component": 1}}, "learner.sede=1").count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("model.n_components=3", "model", "n_components", 3),
+        ("learner.tol=1e-3", "learner", "tol", 1e-3),
+        ("source.path=-", "source", "path", "-"),
+        ("source.exclude=[a, b]", "source", "exclude", ["a", "b"]),
+        ("output.picture=null", "output", "picture", None),
+        ("output.responsibilities=true", "output", "responsibilities", True),
+        ("source.path=a=b.csv", "source", "path", "a=b.csv"),
+        ("model.families.net.amount=poisson", "model", "families", {"net.amount": "poisson"}),
+    ],
+)
+def test_overrides_are_yaml(override, section, key, value):
+    assert getattr(getattr(check(None, override), section), key) == value
+
+
+def test_overrides_of_the_schedule():
+    assert check(None, "learner.schedule=harmonic").learner.schedule.kind == "harmonic"
+    assert check(None, "learner.schedule.alpha=0.9").learner.schedule.alpha == 0.9
+    given = {"learner": {"schedule": {"kind": "robbins_monro", "alpha": 0.7}}}
+    changed = check(given, "learner.schedule.kind=constant", "learner.schedule.value=0.1")
+    assert changed.learner.schedule.value == 0.1
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("n_components=3", "command line: n_components: no such key; did you mean 'model.n_components'?"),
+        ("model.n_components=x", "command line: model.n_components: expected a whole number, got 'x'"),
+        ("model.n_components", "expected section.key=value"),
+        ("=3", "expected section.key=value"),
+        ("source.path.x=1", "source.path is a value and has no keys"),
+        ("source.exclude=[a", "is not valid YAML"),
+    ],
+)
+def test_refused_overrides(override, message):
+    assert message in refused(None, override)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "source: {path: a}\nsource: {path: b}\n",
+            "line 2: is not valid YAML: the key 'source' stands there twice",
+        ),
+        ("source: [", "is not valid YAML"),
+        ("source: !!python/object/apply:os.system [ls]", "is not valid YAML"),
+        ("- source", "expected sections such as 'source:'"),
+        ("", "source: is missing"),
+    ],
+)
+def test_refused_files(tmp_path, text, message):
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(ConfigError, match=r"job\.yaml: No such file"):
+        load_config(tmp_path / "job.yaml")
+
+
+def test_every_key_is_described():
+    described = dict(describe_keys())
+    assert all(text.strip(" .") for text in described.values())
+    assert {"source.path", "learner.schedule.alpha", "output.on_error"} <= described.keys()
