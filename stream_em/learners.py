@@ -957,7 +957,12 @@ class _Progress:
     def __enter__(self) -> Callable[[str], None]:
         if not self._shown:
             return lambda text: None
-        from rich.progress import Progress
+        try:
+            from rich.progress import Progress
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                "progress=True needs rich: pip install 'stream-em[cli]', or leave progress out"
+            ) from error
 
         self._progress = Progress()
         self._progress.start()

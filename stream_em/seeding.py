@@ -25,6 +25,7 @@ class Reservoir:
     generator
         Source of randomness.
 
+    >>> from stream_em import Schema
     >>> reservoir = Reservoir(2, np.random.default_rng(0))
     >>> schema = Schema({"x": "numeric"})
     >>> for start in (0.0, 3.0):
@@ -107,8 +108,8 @@ def seed(
     n_iterations
         EM iterations for each start.
 
+    >>> from stream_em import Gaussian, Schema
     >>> batch = Schema({"x": "numeric"}).encode(np.repeat([[0.0], [0.1], [9.0], [9.1]], 5, axis=0))
-    >>> from stream_em import Gaussian
     >>> start = seed(Mixture(Gaussian(), n_components=2), batch, np.random.default_rng(0))
     >>> np.sort(start.components.mean.ravel()).round(2)
     array([0.05, 9.05])

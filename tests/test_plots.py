@@ -43,9 +43,7 @@ class Drawn:
         return [
             SimpleNamespace(
                 id=int(one),
-                fields=[
-                    SimpleNamespace(name=name, text=f"about {one}", effect=1.0) for name in self.schema.names
-                ],
+                fields=[SimpleNamespace(name=name, text=f"about {one}", effect=1.0) for name in self.schema.names],
             )
             for one in self.parameters.component_ids
         ]
@@ -396,14 +394,10 @@ def test_the_view_is_widened_for_events_near_it(tmp_path):
 def categorical_events(n_events=600):
     generator = np.random.default_rng(0)
     group = generator.integers(2, size=n_events)
-    countries = np.array([["DE", "FR", "IT"], ["US", "CA", "MX"]])[
-        group, generator.integers(3, size=n_events)
-    ]
+    countries = np.array([["DE", "FR", "IT"], ["US", "CA", "MX"]])[group, generator.integers(3, size=n_events)]
     phone = generator.random(n_events) < np.array([0.1, 0.9])[group]
     noise = generator.choice(["a", "b"], size=n_events)
-    return [
-        {"noise": str(n), "country": str(c), "phone": bool(p)} for n, c, p in zip(noise, countries, phone)
-    ]
+    return [{"noise": str(n), "country": str(c), "phone": bool(p)} for n, c, p in zip(noise, countries, phone)]
 
 
 def test_categories_are_drawn_as_shares(tmp_path):
@@ -475,9 +469,7 @@ def test_the_suffix_names_the_format(tmp_path):
 
 
 def test_matplotlib_is_imported_only_to_draw_and_pyplot_never():
-    program = (
-        "import sys, stream_em.plots; sys.exit(any(name.startswith('matplotlib') for name in sys.modules))"
-    )
+    program = "import sys, stream_em.plots; sys.exit(any(name.startswith('matplotlib') for name in sys.modules))"
     subprocess.run([sys.executable, "-c", program], check=True)
     program = (
         "import sys, pathlib, tempfile; sys.path.insert(0, 'tests'); import test_plots as t; "

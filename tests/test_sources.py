@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -362,8 +363,11 @@ class TestStandardInput:
         header = b"" if b"{" in lines else b"x\n"
         process.stdin.write(header + b"".join(lines % i for i in range(5)))
         process.stdin.flush()
-        # Two full chunks are out before the end of the stream; reading them would hang otherwise.
+        # Two full chunks are out before the end of the stream; were they not, reading would wait for ever.
+        watchdog = threading.Timer(30, process.kill)
+        watchdog.start()
         assert [process.stdout.readline() for _ in range(2)] == [b"2\n", b"2\n"]
+        watchdog.cancel()
         process.stdin.close()
         assert process.stdout.read() == b"1\n"
         assert process.wait(timeout=20) == 0

@@ -6,6 +6,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -37,6 +38,9 @@ def run(config: Config, console: Console) -> None:
     output = config.output
     folder = Path(output.folder)
     source = make_source(config.source, fields=config.fields_.fields)
+    if output.picture is not None:
+        # To learn at the end of a long run that no picture can be drawn would be too late.
+        _plots()
     ranking = _Ranking(config.source)
     history = _History()
     learner: OnlineEM | None = None
@@ -511,12 +515,10 @@ def _scored_file(config: Config, path: Path, schema: Schema | None) -> ScoredEve
 
 
 def _plots() -> Any:
-    try:
-        from stream_em import plots
-    except ModuleNotFoundError as error:
-        raise DataError(
-            "a picture needs matplotlib: pip install 'stream-em[plots]', or set output.picture=null"
-        ) from error
+    if find_spec("matplotlib") is None:
+        raise DataError("a picture needs matplotlib: pip install 'stream-em[plots]', or set output.picture=null")
+    from stream_em import plots
+
     return plots
 
 
