@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from stream_em import (
     Schema,
     SchemaError,
 )
-from stream_em.store import to_bytes
+from stream_em.store import from_bytes, to_bytes
 
 SCHEMA = Schema({"x": "numeric", "c": "category", "b": "flag", "n": "count", "d": "duration"})
 GOOD: dict[str, Any] = {"x": 1.5, "c": "a", "b": True, "n": 3, "d": 0.5}
@@ -66,11 +67,19 @@ BAD_VALUES = [
 ]
 
 
-def learner(n_before: int = 40) -> OnlineEM:
+@cache
+def snapshot() -> bytes:
     families = {"x": Gaussian(), "c": Categorical(), "b": CASES["bernoulli"].family, "n": Poisson(), "d": Exponential()}
     model = Mixture(Product(families), 2)
     made = OnlineEM(model, schema=SCHEMA, warm_up=20, batch_size=8)
-    return made.update([{**GOOD, "x": float(i % 7), "n": i % 5, "d": 0.1 * i} for i in range(n_before)])
+    made.update([{**GOOD, "x": float(i % 7), "n": i % 5, "d": 0.1 * i} for i in range(40)])
+    return to_bytes(made)
+
+
+def learner() -> OnlineEM:
+    made = from_bytes(snapshot())
+    assert isinstance(made, OnlineEM)
+    return made
 
 
 @pytest.mark.parametrize("position", [0, 3])

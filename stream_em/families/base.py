@@ -124,16 +124,16 @@ class Family(ABC):
         """Return parameters of identical components fitted to all the events (D, B), NaN where missing."""
 
     @abstractmethod
-    def prior(self, parts: Parts, prior_weight: float) -> Parts:
-        """Return pseudo-statistics: `prior_weight` events of the pooled distribution in each component."""
+    def prior(self, parts: Parts, prior_weight: float) -> Any:
+        """Return the pooled distribution of the events, of which each component gets `prior_weight` pseudo-events."""
 
     @abstractmethod
-    def maximize(self, parts: Parts) -> Any:
-        """Return the parameters that maximise the expected log-likelihood of these statistics."""
+    def maximize(self, parts: Parts, prior: Any) -> Any:
+        """Return the parameters that maximise the expected log-likelihood of the events and pseudo-events."""
 
     @abstractmethod
-    def log_prior(self, parameters: Any, prior: Parts) -> float:
-        """Return the expected log-density of the pseudo-events of `prior`, up to a constant."""
+    def log_prior(self, parameters: Any, prior: Any) -> float:
+        """Return the expected log-density of the pseudo-events, up to a constant."""
 
     @abstractmethod
     def moments(self, parameters: Any) -> tuple[Array, Array]:

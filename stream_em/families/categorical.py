@@ -98,16 +98,15 @@ class Categorical(Family):
         )
         return CategoricalParameters(np.repeat(self._smoothed(counts)[None], n_components, axis=0))
 
-    def prior(self, parts: Parts, prior_weight: float) -> Parts:  # noqa: D102
-        counts = _counts(parts)
-        pooled = self._smoothed(np.add.reduce(counts, axis=0))
-        return {"counts": Sums(np.repeat(prior_weight * pooled[None], len(counts), axis=0))}
+    def prior(self, parts: Parts, prior_weight: float) -> Array:
+        """Return pseudo-counts (C,): `prior_weight` events of the pooled distribution."""
+        return prior_weight * self._smoothed(np.add.reduce(_counts(parts), axis=0))
 
-    def maximize(self, parts: Parts) -> CategoricalParameters:  # noqa: D102
-        return CategoricalParameters(self._normalized(_counts(parts)))
+    def maximize(self, parts: Parts, prior: Array) -> CategoricalParameters:  # noqa: D102
+        return CategoricalParameters(self._normalized(_counts(parts) + prior))
 
-    def log_prior(self, parameters: CategoricalParameters, prior: Parts) -> float:  # noqa: D102
-        return float((_counts(prior) * np.log(parameters.probability)).sum())
+    def log_prior(self, parameters: CategoricalParameters, prior: Array) -> float:  # noqa: D102
+        return float((np.log(parameters.probability) @ prior).sum())
 
     def moments(self, parameters: CategoricalParameters) -> tuple[Array, Array]:
         """Return mean and variance (K, D) of the codes; they order nothing and serve only to tell fields apart."""

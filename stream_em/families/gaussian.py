@@ -52,6 +52,11 @@ class GaussianParameters:
         return cast(Array, np.linalg.inv(self.covariance))
 
     @cached_property
+    def root_precision(self) -> Array:
+        """Square roots of the diagonals of the precisions, (K, D) or (D,)."""
+        return np.sqrt(_diagonal(self.precision))
+
+    @cached_property
     def log_normalizer(self) -> Array:
         """Log-density at the mean, (K,) or ()."""
         log_root = np.add.reduce(np.log(_diagonal(self.factor)), axis=-1)
@@ -139,13 +144,14 @@ class _JointBlock(Block):
     def unstable(self, center: Array) -> npt.NDArray[np.intp] | None:
         if self.observed is not None:
             center = center[self.observed]
-        offset = self.parameters.mean - center
-        offset *= offset
-        offset *= _diagonal(self.parameters.precision)
-        distance = np.add.reduce(offset, axis=1)
-        # By Cauchy and Schwarz, D times the sum bounds all the terms that cancel.
+        # By Cauchy and Schwarz, D times the sum over the fields bounds all the terms that cancel.
         limit = LARGEST_SQUARED_OFFSET / max(self.dimension, 1)
-        return np.flatnonzero(distance > limit) if np.maximum.reduce(distance) > limit else None
+        offset = self.parameters.mean - center
+        offset *= self.parameters.root_precision
+        if np.vdot(offset, offset) <= limit:
+            return None
+        distance = np.add.reduce(offset * offset, axis=1)
+        return np.flatnonzero(distance > limit) if (distance > limit).any() else None
 
     def write_features(self, values: Array, center: Array, observed: Mask | None, out: Array) -> None:
         shifted = out[self.layout.n_products :]
@@ -303,6 +309,24 @@ def _positive_variance(mean: Array, variance: Array) -> Array:
 
 
 @dataclass(frozen=True)
+class GaussianPrior:
+    """Pseudo-events that each component is given.
+
+    Parameters
+    ----------
+    weight
+        Number of pseudo-events.
+    mean, variance
+        (D,) of the pooled distribution that they come from, fields uncorrelated.
+
+    """
+
+    weight: float
+    mean: Array
+    variance: Array
+
+
+@dataclass(frozen=True)
 class Gaussian(Family):
     """Gaussian components.
 
@@ -366,54 +390,50 @@ class Gaussian(Family):
             return GaussianParameters(means, np.repeat(variance[None], n_components, axis=0))
         return GaussianParameters(means, np.full(n_components, variance.mean()))
 
-    def prior(self, parts: Parts, prior_weight: float) -> Parts:  # noqa: D102
+    def prior(self, parts: Parts, prior_weight: float) -> GaussianPrior:  # noqa: D102
         moments = parts["moments"]
         assert isinstance(moments, Moments)
-        mean, variance = pooled_moments(moments)
-        n_components, dimension = moments.mean.shape
-        pseudo_weight = np.full(moments.weight.shape, prior_weight)
-        scatter = prior_weight * variance
-        if moments.weight.ndim == 2:
-            spread = np.repeat(scatter[None], n_components, axis=0)
-        elif moments.scatter.ndim == 2:
-            spread = np.diag(n_components * scatter)
-        else:
-            spread = np.zeros((n_components, dimension, dimension))
-            _diagonal(spread)[:] = scatter
-        return {"moments": Moments(pseudo_weight, np.repeat(mean[None], n_components, axis=0), spread)}
+        return GaussianPrior(prior_weight, *pooled_moments(moments))
 
-    def maximize(self, parts: Parts) -> GaussianParameters:  # noqa: D102
+    def maximize(self, parts: Parts, prior: GaussianPrior) -> GaussianParameters:  # noqa: D102
         moments = parts["moments"]
         assert isinstance(moments, Moments)
-        weight, mean, scatter = moments.weight, moments.mean, moments.scatter
-        if self.covariance_type == "spherical":
-            return GaussianParameters(mean, scatter.sum(axis=1) / weight.sum(axis=1))
-        if self.covariance_type == "diag":
-            return GaussianParameters(mean, scatter / weight)
+        # The merge of the statistics with those of the pseudo-events, which all components share.
+        total = moments.weight + prior.weight
+        share = moments.weight / total
+        deviation = moments.mean - prior.mean
+        spread = prior.weight * prior.variance
+        if not self._is_joint:
+            mean = prior.mean + share * deviation
+            scatter = moments.scatter + spread
+            scatter += prior.weight * share * deviation * deviation
+            if self.covariance_type == "spherical":
+                return GaussianParameters(mean, scatter.sum(axis=1) / total.sum(axis=1))
+            return GaussianParameters(mean, scatter / total)
+        mean = prior.mean + share[:, None] * deviation
+        between = (prior.weight * share)[:, None] * deviation
         if self.covariance_type == "tied":
-            covariance = scatter / np.add.reduce(weight)
+            scatter = moments.scatter + between.T @ deviation
+            diagonal = _diagonal(scatter)
+            diagonal += len(mean) * spread
+            scatter /= np.add.reduce(total)
         else:
-            covariance = scatter / weight[:, None, None]
-        covariance, factor = cholesky(covariance)
+            scatter = between[:, :, None] * deviation[:, None, :]
+            scatter += moments.scatter
+            diagonal = _diagonal(scatter)
+            diagonal += spread
+            scatter /= total[:, None, None]
+        covariance, factor = cholesky(scatter)
         parameters = GaussianParameters(mean, covariance)
+        # What `cholesky` had to compute anyway need not be computed again.
         parameters.__dict__["factor"] = factor
         return parameters
 
-    def log_prior(self, parameters: GaussianParameters, prior: Parts) -> float:  # noqa: D102
-        moments = prior["moments"]
-        assert isinstance(moments, Moments)
-        n_components = len(moments.mean)
-        theta, constant = self.block(parameters, None).natural(moments.mean)
-        dimension = moments.mean.shape[1]
-        weight = moments.weight if moments.weight.ndim == 1 else moments.weight[:, 0]
-        if not self._is_joint:
-            squares = moments.scatter
-            coefficient = theta[:, :dimension]
-        else:
-            diagonal = np.diagonal(moments.scatter, axis1=-2, axis2=-1)
-            squares = diagonal / n_components if moments.scatter.ndim == 2 else diagonal
-            coefficient = theta[:, _layout(dimension).squares]
-        return float((coefficient * squares).sum() + weight @ constant)
+    def log_prior(self, parameters: GaussianParameters, prior: GaussianPrior) -> float:  # noqa: D102
+        theta, constant = self.block(parameters, None).natural(prior.mean[None])
+        dimension = len(prior.mean)
+        squares = _layout(dimension).squares if self._is_joint else np.arange(dimension)
+        return prior.weight * float((theta[:, squares] @ prior.variance + constant).sum())
 
     def moments(self, parameters: GaussianParameters) -> tuple[Array, Array]:  # noqa: D102
         covariance, shape = parameters.covariance, parameters.mean.shape

@@ -30,6 +30,23 @@ class MeanParameters:
     mean: Array
 
 
+@dataclass(frozen=True)
+class MeanPrior:
+    """Pseudo-events that each component is given.
+
+    Parameters
+    ----------
+    weight
+        Number of pseudo-events.
+    mean
+        (D,) of the pooled distribution that they come from.
+
+    """
+
+    weight: float
+    mean: Array
+
+
 class _MeanValuedBlock(Block):
     """Features are x, then which fields are observed; the log-density is slope(mean) x + intercept(mean)."""
 
@@ -105,20 +122,18 @@ class MeanValued(Family):
         mean = self._clip(self.smoothed_mean(total, np.where(there, weight, 0.0).sum(axis=1)))
         return MeanParameters(np.repeat(mean[None], n_components, axis=0))
 
-    def prior(self, parts: Parts, prior_weight: float) -> Parts:  # noqa: D102
+    def prior(self, parts: Parts, prior_weight: float) -> MeanPrior:  # noqa: D102
         weight, total = _weight_and_sum(parts)
-        mean = self._clip(self.smoothed_mean(np.add.reduce(total, axis=0), np.add.reduce(weight, axis=0)))
-        pseudo_weight = np.full(weight.shape, prior_weight)
-        return {"weight": Sums(pseudo_weight), "sum": Sums(pseudo_weight * mean)}
+        mean = self.smoothed_mean(np.add.reduce(total, axis=0), np.add.reduce(weight, axis=0))
+        return MeanPrior(prior_weight, self._clip(mean))
 
-    def maximize(self, parts: Parts) -> MeanParameters:  # noqa: D102
+    def maximize(self, parts: Parts, prior: MeanPrior) -> MeanParameters:  # noqa: D102
         weight, total = _weight_and_sum(parts)
-        return MeanParameters(self._clip(total / weight))
+        return MeanParameters(self._clip((total + prior.weight * prior.mean) / (weight + prior.weight)))
 
-    def log_prior(self, parameters: MeanParameters, prior: Parts) -> float:  # noqa: D102
-        weight, total = _weight_and_sum(prior)
+    def log_prior(self, parameters: MeanParameters, prior: MeanPrior) -> float:  # noqa: D102
         slope, intercept = self.natural(parameters.mean)
-        return float((slope * total + intercept * weight).sum())
+        return prior.weight * float((slope * prior.mean + intercept).sum())
 
     def moments(self, parameters: MeanParameters) -> tuple[Array, Array]:  # noqa: D102
         return parameters.mean, self.variance(parameters.mean)

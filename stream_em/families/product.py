@@ -178,20 +178,18 @@ class Product(Family):
     def pooled(self, values: Array, weight: Array, n_components: int) -> tuple[Any, ...]:  # noqa: D102
         return tuple(factor.family.pooled(values[factor.rows], weight, n_components) for factor in self.factors)
 
-    def prior(self, parts: Parts, prior_weight: float) -> Parts:  # noqa: D102
-        return {
-            f"{factor.name}/{name}": part
-            for factor in self.factors
-            for name, part in factor.family.prior(_parts_of(parts, factor), prior_weight).items()
-        }
+    def prior(self, parts: Parts, prior_weight: float) -> tuple[Any, ...]:  # noqa: D102
+        return tuple(factor.family.prior(_parts_of(parts, factor), prior_weight) for factor in self.factors)
 
-    def maximize(self, parts: Parts) -> tuple[Any, ...]:  # noqa: D102
-        return tuple(factor.family.maximize(_parts_of(parts, factor)) for factor in self.factors)
+    def maximize(self, parts: Parts, prior: tuple[Any, ...]) -> tuple[Any, ...]:  # noqa: D102
+        return tuple(
+            factor.family.maximize(_parts_of(parts, factor), of_prior) for factor, of_prior in zip(self.factors, prior)
+        )
 
-    def log_prior(self, parameters: tuple[Any, ...], prior: Parts) -> float:  # noqa: D102
+    def log_prior(self, parameters: tuple[Any, ...], prior: tuple[Any, ...]) -> float:  # noqa: D102
         return sum(
-            factor.family.log_prior(of_factor, _parts_of(prior, factor))
-            for factor, of_factor in zip(self.factors, parameters)
+            factor.family.log_prior(of_factor, of_prior)
+            for factor, of_factor, of_prior in zip(self.factors, parameters, prior)
         )
 
     def moments(self, parameters: tuple[Any, ...]) -> tuple[Array, Array]:  # noqa: D102

@@ -17,7 +17,7 @@ from stream_em.families.base import Block, Family, FamilyError, Mask, Parts
 from stream_em.families.gaussian import Gaussian
 from stream_em.numerics import Array, softmax_in_place
 from stream_em.schema import Batch, Schema
-from stream_em.statistics import Part, Statistics, Sums
+from stream_em.statistics import Statistics, Sums
 
 if TYPE_CHECKING:
     from threadpoolctl import ThreadpoolController
@@ -190,7 +190,7 @@ class Mixture:
         assert posterior is not None
         return posterior
 
-    def m_step(self, statistics: Statistics, prior: Parts | None = None) -> MixtureParameters:
+    def m_step(self, statistics: Statistics, prior: Any = None) -> MixtureParameters:
         """Return the posterior mode of the parameters given the statistics.
 
         Parameters
@@ -198,24 +198,20 @@ class Mixture:
         statistics
             Expected sufficient statistics of any number of events.
         prior
-            Pseudo-statistics, by default those of `self.prior(statistics)`.
+            What `prior` returned, by default for these very statistics.
 
         """
         if prior is None:
             prior = self.prior(statistics)
-        posterior: dict[str, Part] = {
-            name: statistics.parts[name].merge(pseudo)  # type: ignore[arg-type]  # same family, same kinds
-            for name, pseudo in prior.items()
-        }
         weights = statistics.weights + self.prior_weight
         weights /= np.add.reduce(weights)
-        return MixtureParameters(weights, self.family.maximize(posterior), statistics.component_ids)
+        return MixtureParameters(weights, self.family.maximize(statistics.parts, prior), statistics.component_ids)
 
-    def prior(self, statistics: Statistics) -> Parts:
-        """Return pseudo-statistics on the scale of the data that these statistics describe."""
+    def prior(self, statistics: Statistics) -> Any:
+        """Return the prior of the components, on the scale of the data that these statistics describe."""
         return self.family.prior(statistics.parts, self.prior_weight)
 
-    def log_prior(self, parameters: MixtureParameters, prior: Parts) -> float:
+    def log_prior(self, parameters: MixtureParameters, prior: Any) -> float:
         """Return the log-density of the prior, up to a constant."""
         return self.prior_weight * float(parameters.log_weights.sum()) + self.family.log_prior(
             parameters.components, prior
