@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stream_em.families import Categorical, Family, Product
+from stream_em.families import Family
 from stream_em.models import MixtureParameters
-from stream_em.numerics import Array
 from stream_em.schema import Schema
 
 
@@ -75,7 +74,7 @@ def describe(family: Family, parameters: MixtureParameters, schema: Schema) -> l
         fields = []
         for position, one in enumerate(schema.fields):
             if one.kind == "category":
-                probabilities = category_probabilities(family, parameters, schema, position)
+                probabilities = family.probabilities(parameters.components, position)
                 share = weights @ probabilities
                 excess = (probabilities[component] - share) / np.sqrt(np.maximum(share * (1.0 - share), 1e-12))
                 code = int(np.argmax(excess))
@@ -84,7 +83,7 @@ def describe(family: Family, parameters: MixtureParameters, schema: Schema) -> l
             else:
                 center, spread = float(mean[component, position]), float(np.sqrt(variance[component, position]))
                 effect = (center - float(pooled_mean[position])) / float(pooled[position])
-                text = f"true {center:.0%}" if one.kind == "flag" else f"{_plain(center, 4)} ± {_plain(spread, 2)}"
+                text = f"true {center:.0%}" if one.kind == "flag" else _rounded(center, spread)
             fields.append(FieldDescription(one.name, text, effect))
         fields.sort(key=lambda described: -abs(described.effect))
         identity = int(parameters.component_ids[component])
@@ -92,19 +91,9 @@ def describe(family: Family, parameters: MixtureParameters, schema: Schema) -> l
     return descriptions
 
 
-def _plain(number: float, digits: int) -> str:
-    """The number with so many significant digits, in powers of ten only where it would be long otherwise."""
-    if number == 0.0 or not 1e-4 <= abs(number) < 1e7:
-        return f"{number:.{digits}g}"
-    return f"{number:,.{max(0, digits - 1 - int(np.floor(np.log10(abs(number)))))}f}"
-
-
-def category_probabilities(family: Family, parameters: MixtureParameters, schema: Schema, position: int) -> Array:
-    """Return the probabilities (K, C) of the codes of the category field at this position of the schema."""
-    if isinstance(family, Categorical):
-        return family.probabilities(parameters.components, position)
-    assert isinstance(family, Product)
-    for factor, of_factor in zip(family.factors, parameters.components):
-        if isinstance(factor.family, Categorical) and position in factor.positions:
-            return factor.family.probabilities(of_factor, int(np.flatnonzero(factor.positions == position)[0]))
-    raise ValueError(f"the field {schema.names[position]!r} has no categorical family")
+def _rounded(center: float, spread: float) -> str:
+    """Mean and standard deviation, both to two significant digits of the latter."""
+    if not 1e-6 <= spread < 1e7 or abs(center) >= 1e12:
+        return f"{center:.4g} ± {spread:.2g}"
+    decimals = max(0, 1 - int(np.floor(np.log10(spread))))
+    return f"{center:,.{decimals}f} ± {spread:,.{decimals}f}".replace("-0 ", "0 ")

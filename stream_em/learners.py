@@ -7,18 +7,18 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from functools import reduce
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from stream_em.describe import ComponentDescription, describe
-from stream_em.families import Gaussian, Product
 from stream_em.models import Mixture, MixtureParameters
 from stream_em.models.mixture import Posterior
-from stream_em.numerics import Array
-from stream_em.schedules import HalfLife, RobbinsMonro, Schedule, StepSize
-from stream_em.schema import OTHER, Batch, Schema, SchemaError
+from stream_em.numerics import Array, check_whole
+from stream_em.schedules import RobbinsMonro, Schedule
+from stream_em.schema import OTHER, UNKNOWN_POLICIES, Batch, Schema, SchemaError, in_memory
 from stream_em.seeding import Reservoir, concatenate
 from stream_em.seeding import seed as seed_parameters
 from stream_em.statistics import MergeError, Statistics
@@ -65,7 +65,7 @@ class FittedMixture:
     schema
         The fields they are for.
 
-    >>> from stream_em import BatchEM
+    >>> from stream_em import BatchEM, Gaussian
     >>> events = np.repeat([[0.0, 1.0], [0.2, 0.8], [9.0, 5.0], [9.3, 5.1]], 5, axis=0)
     >>> fitted = BatchEM(Mixture(Gaussian("diag"), 2), seed=0).fit(events)
     >>> fitted.marginal(["x1"]).predict(np.array([[1.0], [5.0]])).tolist() == fitted.predict(events[[0, 10]]).tolist()
@@ -73,11 +73,18 @@ class FittedMixture:
 
     """
 
-    def __init__(self, model: Mixture, parameters: MixtureParameters, schema: Schema) -> None:
+    def __init__(self, model: Mixture, parameters: MixtureParameters | None, schema: Schema | None) -> None:
         self.model = model
-        self._schema: Schema | None = schema
-        self._bound: Mixture | None = model.bind(schema)
-        self._parameters: MixtureParameters | None = parameters
+        self._schema = schema
+        self._bound = None if schema is None else model.bind(schema)
+        self._parameters = parameters
+
+    def __repr__(self) -> str:
+        fields = "no fields yet" if self._schema is None else f"{len(self._schema)} fields"
+        return f"<{type(self).__name__} of {self.model.n_components} components, {fields}{self._progress_text()}>"
+
+    def _progress_text(self) -> str:
+        return ""
 
     @property
     def schema(self) -> Schema | None:
@@ -95,7 +102,7 @@ class FittedMixture:
 
         """
         if self._parameters is None:
-            raise NotFittedError(f"this {type(self).__name__} has no parameters yet: it has seen no event")
+            raise NotFittedError(f"this {type(self).__name__} has no parameters yet: it has seen no event with weight")
         return self._parameters
 
     def encode(
@@ -121,7 +128,7 @@ class FittedMixture:
         return self._bound
 
     def _posterior(self, batch: Batch) -> Posterior:
-        return self._bound_model()._posterior(self.parameters, _adapted(batch, self._known_schema()))
+        return self._bound_model().posterior(self.parameters, _adapted(batch, self._known_schema()))
 
     def score_events(self, events: Events) -> Prediction:
         """Return log-density, component and responsibilities of each event; nothing is learned."""
@@ -203,20 +210,11 @@ class FittedMixture:
 
     def pair_covariance(self, first: int, second: int) -> Array:
         """Return the covariances (K, 2, 2) of the fields at two positions; 0 between independent fields."""
-        family = self._bound_model().family
-        variance = family.moments(self.parameters.components)[1]
-        pair = np.zeros((len(variance), 2, 2))
+        family, components = self._bound_model().family, self.parameters.components
+        variance = family.moments(components)[1]
+        pair = np.empty((len(variance), 2, 2))
         pair[:, 0, 0], pair[:, 1, 1] = variance[:, first], variance[:, second]
-        factors = [(family, self.parameters.components, np.arange(variance.shape[1]))]
-        if isinstance(family, Product):
-            factors = [
-                (factor.family, of_factor, factor.positions)
-                for factor, of_factor in zip(family.factors, self.parameters.components)
-            ]
-        for of_pair, of_factor, positions in factors:
-            if isinstance(of_pair, Gaussian) and first in positions and second in positions:
-                row, column = (int(np.flatnonzero(positions == one)[0]) for one in (first, second))
-                pair[:, 0, 1] = pair[:, 1, 0] = of_pair.covariances(of_factor)[:, row, column]
+        pair[:, 0, 1] = pair[:, 1, 0] = family.covariance(components, first, second)
         return pair
 
 
@@ -260,6 +258,11 @@ class OnlineEM(FittedMixture):
     ValueError
         When a number is out of range, or `initial_parameters` come without `schema`.
 
+    Notes
+    -----
+    A learner is not locked: one thread may update it at a time, and scores taken meanwhile may be of either
+    state. Give each thread a `fork`, or hold a lock.
+
     Attributes
     ----------
     n_events
@@ -269,6 +272,7 @@ class OnlineEM(FittedMixture):
     ignored_fields
         Names of unknown fields that were ignored, with the number of events that held them.
 
+    >>> from stream_em import Gaussian
     >>> generator = np.random.default_rng(0)
     >>> events = generator.normal(size=(2_000, 2)) + 8.0 * generator.integers(2, size=(2_000, 1))
     >>> learner = OnlineEM(Mixture(Gaussian(), n_components=2), seed=0).update(events)
@@ -278,6 +282,16 @@ class OnlineEM(FittedMixture):
     (2000, False)
 
     """
+
+    OPTIONS: ClassVar[tuple[str, ...]] = (
+        "schedule",
+        "unknown",
+        "batch_size",
+        "warm_up",
+        "first_m_step",
+        "averaging",
+        "seed",
+    )
 
     def __init__(
         self,
@@ -293,15 +307,15 @@ class OnlineEM(FittedMixture):
         averaging: bool = False,
         seed: int = 0,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1 event, got {batch_size!r}")
-        if warm_up is not None and warm_up < 1:
-            raise ValueError(f"warm_up must be at least 1 event, got {warm_up!r}")
-        if first_m_step < 1:
-            raise ValueError(f"first_m_step must be at least 1 event, got {first_m_step!r}")
+        check_whole(batch_size=batch_size, warm_up=1 if warm_up is None else warm_up, first_m_step=first_m_step)
+        check_whole(least=0, seed=seed)
+        if not isinstance(schedule, Schedule | None):
+            raise ValueError(f"schedule must be Harmonic(), RobbinsMonro(), Constant() or HalfLife(), got {schedule!r}")
+        if unknown not in UNKNOWN_POLICIES:
+            raise ValueError(f"unknown={unknown!r}, expected one of {', '.join(UNKNOWN_POLICIES)}")
         if initial_parameters is not None and schema is None:
             raise ValueError("initial_parameters need the schema they are for")
-        self.model = model
+        super().__init__(model, initial_parameters, schema)
         self.schedule: Schedule = RobbinsMonro() if schedule is None else schedule
         self.unknown: Literal["refuse", "ignore", "add"] = unknown
         self.batch_size = batch_size
@@ -312,17 +326,15 @@ class OnlineEM(FittedMixture):
         self.n_events = 0
         self.ignored_fields: Counter[str] = Counter()
         self.statistics: Statistics | None = None
-        self.origin = ""
-        self._schema = schema
-        self._bound = None if schema is None else model.bind(schema)
-        self._parameters = initial_parameters
+        self.origin = "" if initial_parameters is None else _origin(initial_parameters)
         self._iterate = initial_parameters
         self._average = _Average()
         self._buffer: list[Batch] = []
         self._total_weight = 0.0
         self._n_updates = 0
-        if initial_parameters is not None:
-            self.origin = _origin(initial_parameters)
+
+    def _progress_text(self) -> str:
+        return f", {self.n_events:,} events" + (", warming up" if self.warming_up else "")
 
     @property
     def warming_up(self) -> bool:
@@ -340,9 +352,7 @@ class OnlineEM(FittedMixture):
 
         """
         if self._parameters is None and self._buffer:
-            seen = concatenate(self._buffer)
-            self._buffer = [seen]
-            self._parameters = self._bound_model().pooled(seen)
+            self._parameters = self._bound_model().pooled(concatenate(self._buffer))
         return super().parameters
 
     def encode(  # noqa: D102 - inherited
@@ -356,6 +366,7 @@ class OnlineEM(FittedMixture):
     ) -> Batch:
         if isinstance(events, Batch) and weight is None and time is None:
             return events
+        events = in_memory(events)
         schema = Schema.infer(events, unknown=self.unknown) if self._schema is None else self._schema
         return schema.encode(events, weight, time, on_error=on_error, extend=extend)
 
@@ -410,8 +421,10 @@ class OnlineEM(FittedMixture):
 
     def score_events(self, events: Events) -> Prediction:  # noqa: D102 - inherited
         batch = self.encode(events)
-        ids = np.arange(self.model.n_components) if self.n_events == 0 else self.parameters.component_ids
-        return _as_prediction(self._posterior(batch), ids)
+        return _as_prediction(self._posterior(batch), self._component_ids())
+
+    def _component_ids(self) -> npt.NDArray[np.int64]:
+        return np.arange(self.model.n_components) if self._iterate is None else self._iterate.component_ids
 
     def _warm_up_posterior(self, batch: Batch) -> Posterior:
         n_components = self.model.n_components
@@ -421,22 +434,27 @@ class OnlineEM(FittedMixture):
         return Posterior(log_prob, np.full((n_components, batch.n_events), 1.0 / n_components))
 
     def _learn(self, batch: Batch, predictions: list[Prediction] | None) -> None:
-        batch, bound = self._accept(batch)
-        self.ignored_fields.update(batch.ignored_fields)
-        start = 0
-        while start < batch.n_events:
-            room = self.warm_up - sum(one.n_events for one in self._buffer) if self.warming_up else self.batch_size
-            stop = min(start + min(room, self.batch_size), batch.n_events)
-            piece = batch if stop - start == batch.n_events else batch.select(slice(start, stop))
-            if self.warming_up:
-                self._keep_aside(piece, predictions)
-            else:
-                self._step(bound, piece, predictions)
-            start = stop
+        before = dict(self.__dict__, _buffer=list(self._buffer), ignored_fields=self.ignored_fields.copy())
+        try:
+            batch, bound = self._accept(batch)
+            self.ignored_fields.update(batch.ignored_fields)
+            start = 0
+            while start < batch.n_events:
+                room = self.warm_up - sum(one.n_events for one in self._buffer) if self.warming_up else self.batch_size
+                stop = min(start + min(room, self.batch_size), batch.n_events)
+                piece = batch if stop - start == batch.n_events else batch.select(slice(start, stop))
+                if self.warming_up:
+                    self._keep_aside(piece, predictions)
+                else:
+                    self._step(bound, piece, predictions)
+                start = stop
+        except BaseException:
+            self.__dict__.update(before)
+            raise
 
     def _accept(self, batch: Batch) -> tuple[Batch, Mixture]:
         """Check that the batch can be learned, grow to its schema, and return it with the bound model."""
-        if isinstance(self.schedule, HalfLife) and batch.time is None:
+        if self.schedule.half_life is not None and batch.time is None:
             raise SchemaError("the schedule HalfLife needs the time of the events: update(events, time=...)")
         known = self._schema
         if known is not None and known.extends(batch.schema):
@@ -448,8 +466,12 @@ class OnlineEM(FittedMixture):
         if statistics is not None and known is not None:
             statistics = self.model.grow(statistics, known, batch.schema, batch)
             iterate = bound.m_step(statistics)
-        elif iterate is not None:
-            raise SchemaError("new fields or categories came before the first M-step after initial_parameters")
+        elif iterate is not None and known is not None:
+            # Until the first M-step there are parameters but no statistics that could grow.
+            ignored = Counter(batch.ignored_fields)
+            for name, row in zip(batch.schema.names[len(known) :], batch.values[len(known) :]):
+                ignored[name] += int(np.count_nonzero(~np.isnan(row)))
+            return replace(_adapted(batch, known), ignored_fields=ignored), self._bound_model()
         self._buffer = [_adapted(one, batch.schema) for one in self._buffer]
         self._schema, self._bound, self.statistics, self._iterate = batch.schema, bound, statistics, iterate
         self._parameters = iterate
@@ -458,10 +480,11 @@ class OnlineEM(FittedMixture):
 
     def _keep_aside(self, piece: Batch, predictions: list[Prediction] | None) -> None:
         if predictions is not None:
-            ids = np.arange(self.model.n_components, dtype=np.int64)
-            predictions.append(_as_prediction(self._warm_up_posterior(piece), ids))
-        # The events belong to the caller, who may reuse their memory.
-        self._buffer.append(concatenate([piece]))
+            predictions.append(_as_prediction(self._warm_up_posterior(piece), self._component_ids()))
+        # The events belong to the caller, who may reuse their memory; those without weight say nothing.
+        told = piece if piece.weight is None else piece.select(np.flatnonzero(piece.weight))
+        if told.n_events:
+            self._buffer.append(concatenate([told]))
         self._parameters = None
         self.n_events += piece.n_events
         self._total_weight += piece.total_weight
@@ -494,15 +517,18 @@ class OnlineEM(FittedMixture):
         self, bound: Mixture, parameters: MixtureParameters, piece: Batch, predictions: list[Prediction] | None
     ) -> Statistics:
         """E-step on a piece, its statistics expressed at its newest event time under `HalfLife`."""
-        half_life = self.schedule.half_life if isinstance(self.schedule, HalfLife) else None
-        newest = None
+        half_life, newest = self.schedule.half_life, None
         if half_life is not None:
             assert piece.time is not None
-            newest = float(np.max(piece.time))
-            discount = np.exp2((piece.time - newest) / half_life)
+            told = piece.time if piece.weight is None else piece.time[piece.weight > 0.0]
+            newest = float(np.max(told)) if len(told) else None
+            reference = piece.time if newest is None else newest
+            discount = np.exp2(np.minimum((piece.time - reference) / half_life, 0.0))
             piece = replace(piece, weight=discount if piece.weight is None else piece.weight * discount)
-        statistics, posterior = bound._expect(parameters, piece, keep=predictions is not None)
-        if predictions is not None and posterior is not None:
+        if predictions is None:
+            statistics = bound.e_step(parameters, piece)
+        else:
+            statistics, posterior = bound.e_step_with_posterior(parameters, piece)
             predictions.append(_as_prediction(posterior, parameters.component_ids))
         return statistics if half_life is None else replace(statistics, half_life=half_life, time=newest)
 
@@ -516,10 +542,9 @@ class OnlineEM(FittedMixture):
             self.statistics = new
         else:
             state = self.statistics
-            if isinstance(self.schedule, StepSize):
-                step = self.n_events / self.batch_size
-                retention = self.schedule.retention(step, self._total_weight, weight, state.total_weight)
-                state = state if retention == 1.0 else state.scale(retention)
+            step = self.n_events / self.batch_size
+            retention = self.schedule.retention(step, self._total_weight, weight, state.total_weight)
+            state = state if retention == 1.0 else state.scale(retention)
             self.statistics = state.merge(new)
         if self.n_events < self.first_m_step:
             return
@@ -538,29 +563,20 @@ class OnlineEM(FittedMixture):
             When the two do not descend from the same start, or are still warming up.
 
         """
-        _check_mergeable(self, other)
-        if self.statistics is None or other.statistics is None:
-            raise MergeError("a learner that is still warming up cannot be merged; give it more events first")
+        schema = _check_mergeable(self, other)
         if self.schedule != other.schedule:
             raise MergeError(f"schedules differ: {self.schedule} and {other.schedule}")
-        merged = OnlineEM(
-            self.model,
-            schedule=self.schedule,
-            schema=self._schema,
-            unknown=self.unknown,
-            batch_size=self.batch_size,
-            warm_up=self.warm_up,
-            first_m_step=self.first_m_step,
-            averaging=self.averaging,
-            seed=self.seed,
-        )
-        merged.statistics = self.statistics.merge(other.statistics)
+        grown = self if schema is self.schema else other
+        merged = self._like(schema=schema, initial_parameters=grown._iterate)
+        told = [_grown(one, schema) for one in (self, other) if one.statistics is not None]
+        merged.statistics = reduce(Statistics.merge, told) if told else None
         merged.n_events = self.n_events + other.n_events
         merged.ignored_fields = self.ignored_fields + other.ignored_fields
         merged.origin = self.origin
         merged._total_weight = self._total_weight + other._total_weight
         merged._n_updates = self._n_updates + other._n_updates
-        merged._iterate = merged._parameters = self._bound_model().m_step(merged.statistics)
+        if merged.statistics is not None:
+            merged._iterate = merged._parameters = merged._bound_model().m_step(merged.statistics)
         return merged
 
     def fork(self) -> OnlineEM:
@@ -576,22 +592,12 @@ class OnlineEM(FittedMixture):
         """
         if self.warming_up:
             raise NotFittedError("a learner that is still warming up has no components to share with a fork")
-        return OnlineEM(
-            self.model,
-            schedule=self.schedule,
-            schema=self._known_schema(),
-            unknown=self.unknown,
-            batch_size=self.batch_size,
-            warm_up=self.warm_up,
-            initial_parameters=self.parameters,
-            first_m_step=self.first_m_step,
-            averaging=self.averaging,
-            seed=self.seed,
-        )._descending_from(self.origin)
+        fork = self._like(schema=self._known_schema(), initial_parameters=self.parameters)
+        fork.origin = self.origin
+        return fork
 
-    def _descending_from(self, origin: str) -> Self:
-        self.origin = origin
-        return self
+    def _like(self, **more: Any) -> Self:
+        return type(self)(self.model, **{name: getattr(self, name) for name in self.OPTIONS}, **more)
 
 
 class BatchEM(FittedMixture):
@@ -612,7 +618,7 @@ class BatchEM(FittedMixture):
     initial_parameters
         Start from these instead of seeding; needs `schema`.
     seed_events
-        Size of the reservoir from which starts are seeded when batches are read.
+        Size of the sample of the events from which starts are seeded.
     n_threads
         Threads that share the blocks of a large batch.
     progress
@@ -636,12 +642,15 @@ class BatchEM(FittedMixture):
     n_events
         Events fitted.
 
+    >>> from stream_em import Gaussian
     >>> events = np.repeat([[0.0], [0.2], [5.0], [5.2]], 10, axis=0)
     >>> fitted = BatchEM(Mixture(Gaussian(), n_components=2), seed=0).fit(events)
     >>> np.sort(fitted.parameters.components.mean.ravel()).round(2), fitted.converged
     (array([0.1, 5.1]), True)
 
     """
+
+    OPTIONS: ClassVar[tuple[str, ...]] = ("max_iter", "tol", "n_init", "seed_events", "n_threads", "seed")
 
     def __init__(
         self,
@@ -657,19 +666,13 @@ class BatchEM(FittedMixture):
         progress: bool = False,
         seed: int = 0,
     ) -> None:
-        for name, value in (
-            ("max_iter", max_iter),
-            ("n_init", n_init),
-            ("seed_events", seed_events),
-            ("n_threads", n_threads),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value!r}")
+        check_whole(max_iter=max_iter, n_init=n_init, seed_events=seed_events, n_threads=n_threads)
+        check_whole(least=0, seed=seed)
         if not tol >= 0.0:
             raise ValueError(f"tol must be >= 0, got {tol!r}")
         if initial_parameters is not None and schema is None:
             raise ValueError("initial_parameters need the schema they are for")
-        self.model = model
+        super().__init__(model, None, schema)
         self.max_iter = max_iter
         self.tol = tol
         self.n_init = n_init
@@ -683,10 +686,10 @@ class BatchEM(FittedMixture):
         self.ignored_fields: Counter[str] = Counter()
         self.statistics: Statistics | None = None
         self.origin = ""
-        self._schema = schema
-        self._bound = None if schema is None else model.bind(schema)
-        self._parameters: MixtureParameters | None = None
         self._initial_parameters = initial_parameters
+
+    def _progress_text(self) -> str:
+        return f", {self.n_events:,} events"
 
     def fit(
         self,
@@ -712,6 +715,11 @@ class BatchEM(FittedMixture):
 
         """
         batches, sample, n_events, ignored_fields = self._read(events, weight)
+        if self._initial_parameters is not None and sample.schema.fields != self._known_schema().fields:
+            raise SchemaError(
+                "the events have fields or categories that initial_parameters do not know: "
+                f"{sample.schema!r} instead of {self._schema!r}"
+            )
         bound = self.model.bind(sample.schema)
         generator = np.random.default_rng(self.seed)
         best: tuple[float, MixtureParameters, Statistics, list[float], bool, str] | None = None
@@ -734,16 +742,18 @@ class BatchEM(FittedMixture):
         """Go through the events once: settle the schema, draw the sample to seed from, count."""
         source = _batches_of(events)
         schema = self._schema
+        # A generator of its own: starts must not depend on how the events were cut.
+        reservoir = Reservoir(self.seed_events, np.random.default_rng([self.seed, 1]))
         if source is None:
+            events = in_memory(events)
             batch = (Schema.infer(events) if schema is None else schema).encode(events, weight, extend=True)
             if batch.n_events == 0:
                 raise NotFittedError("there is no event to fit")
             whole = Batch(np.ascontiguousarray(batch.values), batch.schema, batch.weight)
-            return lambda: iter((whole,)), whole, whole.n_events, Counter(batch.ignored_fields)
+            reservoir.add(whole)
+            return lambda: iter((whole,)), reservoir.sample(), whole.n_events, Counter(batch.ignored_fields)
         if weight is not None:
             raise SchemaError("sample weights of batches that are read come with each batch: encode it with its weight")
-        # A generator of its own: starts must not depend on how the events were cut.
-        reservoir = Reservoir(self.seed_events, np.random.default_rng([self.seed, 1]))
         n_events = 0
         ignored_fields: Counter[str] = Counter()
         for chunk in source():
@@ -779,7 +789,7 @@ class BatchEM(FittedMixture):
         for _ in range(self.max_iter):
             statistics = None
             for batch in batches():
-                new = bound._expect(parameters, batch, n_threads=self.n_threads)[0]
+                new = bound.e_step(parameters, batch, n_threads=self.n_threads)
                 statistics = new if statistics is None else statistics.merge(new)
             assert statistics is not None
             prior = bound.prior(statistics) if prior is None else prior
@@ -802,19 +812,18 @@ class BatchEM(FittedMixture):
             When the two do not descend from the same start.
 
         """
-        _check_mergeable(self, other)
-        assert self.statistics is not None
-        assert other.statistics is not None
-        merged = BatchEM(self.model, schema=self._schema, max_iter=self.max_iter, tol=self.tol, seed=self.seed)
-        merged.statistics = self.statistics.merge(other.statistics)
+        schema = _check_mergeable(self, other)
+        options = {name: getattr(self, name) for name in self.OPTIONS}
+        merged = BatchEM(self.model, schema=schema, progress=self.progress, **options)
+        merged.statistics = _grown(self, schema).merge(_grown(other, schema))
         merged.n_events = self.n_events + other.n_events
         merged.ignored_fields = self.ignored_fields + other.ignored_fields
         merged.origin = self.origin
-        merged._parameters = self._bound_model().m_step(merged.statistics)
+        merged._parameters = merged._bound_model().m_step(merged.statistics)
         return merged
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Average:
     """Running averages of the parameters over the last half to three quarters of the updates.
 
@@ -914,18 +923,45 @@ def _origin(parameters: MixtureParameters) -> str:
     return digest.hexdigest()
 
 
-def _check_mergeable(first: OnlineEM | BatchEM, second: OnlineEM | BatchEM) -> None:
+def _check_mergeable(first: OnlineEM | BatchEM, second: OnlineEM | BatchEM) -> Schema:
+    """Return the schema of both, or the one of the two whose vocabularies grew beyond the other's."""
     if type(first) is not type(second):
         raise MergeError(f"a {type(first).__name__} cannot be merged with a {type(second).__name__}")
-    if first.schema is None or second.schema is None or first.schema.fields != second.schema.fields:
-        raise MergeError(f"the fields differ: {first.schema!r} and {second.schema!r}")
     if first.model != second.model:
         raise MergeError(f"the models differ: {first.model} and {second.model}")
-    if first.origin != second.origin or not first.origin:
+    if not (first.origin and second.origin):
+        raise MergeError("a learner that is still warming up has no components to merge; give it more events first")
+    if first.origin != second.origin:
         raise MergeError(
             "the two states do not descend from the same start, so their components do not correspond; "
             "fork one learner, feed each fork its share of the events, and merge those"
         )
+    if first.n_events and _fingerprint(first) == _fingerprint(second):
+        raise MergeError("the two states are identical: merging them would count the same events twice")
+    mine, theirs = first._known_schema(), second._known_schema()
+    if mine.names == theirs.names:
+        for schema, other in ((mine, theirs), (theirs, mine)):
+            if schema.extends(other):
+                return schema
+    raise MergeError(f"the fields, or the order in which categories were first seen, differ: {mine!r} and {theirs!r}")
+
+
+def _fingerprint(learner: OnlineEM | BatchEM) -> tuple[Any, ...]:
+    """What tells two states apart: the events counted, and the bytes of the statistics."""
+    statistics = learner.statistics
+    parts = {} if statistics is None else statistics.parts
+    arrays = (array.tobytes() for part in parts.values() for array in part.arrays().values())
+    return learner.n_events, *arrays
+
+
+def _grown(learner: OnlineEM | BatchEM, schema: Schema) -> Statistics:
+    """Return the statistics of a learner for a schema with the same fields and more categories."""
+    known, statistics = learner._known_schema(), learner.statistics
+    assert statistics is not None
+    if known.fields == schema.fields:
+        return statistics
+    nothing = Batch(np.empty((len(schema), 0)), schema)
+    return learner.model.grow(statistics, known, schema, nothing)
 
 
 def _batches_of(events: Any) -> Callable[[], Iterable[Any]] | None:

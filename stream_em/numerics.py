@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
+from numbers import Integral
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,20 @@ class NumericalError(ArithmeticError):
     """Raised when a covariance cannot be made positive definite."""
 
 
+def check_whole(*, least: int = 1, **given: Any) -> None:
+    """Check that named numbers are whole and at least `least`.
+
+    Raises
+    ------
+    ValueError
+        For the first one that is not.
+
+    """
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
 def softmax_in_place(log_joint: Array) -> Array:
     """Turn log-joints (K, B) into responsibilities in place and return the log-sum-exp (B,).
 
@@ -42,6 +57,7 @@ def softmax_in_place(log_joint: Array) -> Array:
     """
     largest = np.maximum.reduce(log_joint, axis=0)
     log_joint -= largest
+    # Looking first is cheaper: comparing with a number costs as much as the exponential.
     if np.minimum.reduce(log_joint, axis=None) < LOG_RESPONSIBILITY_FLOOR:
         np.maximum(log_joint, LOG_RESPONSIBILITY_FLOOR, out=log_joint)
     np.exp(log_joint, out=log_joint)

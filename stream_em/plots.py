@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from stream_em.describe import category_probabilities
 from stream_em.numerics import Array
 
 if TYPE_CHECKING:
@@ -603,7 +602,7 @@ def _shares(parts: _Components, learner: OnlineEM | BatchEM, column: int) -> _Sh
         categories, shares = ["true", "false"], np.column_stack([truth, 1.0 - truth])
     else:
         family = learner.model.bind(schema).family
-        shares = category_probabilities(family, learner.parameters, schema, column)[parts.order]
+        shares = family.probabilities(learner.parameters.components, column)[parts.order]
         categories = [field.label(code) for code in range(field.n_codes)]
     whole = parts.weights @ shares
     between = float(parts.weights @ ((shares - whole) ** 2).sum(axis=1))

@@ -3,22 +3,27 @@
 Every schedule but `HalfLife` is a sequence of step sizes, one for each mini-batch of equal size.
 Learners turn a step size into the *effective weight* that the state keeps, so that mini-batches of
 unequal size are treated alike: after `t` steps' worth of events with total weight `V`, the state keeps
-`V / (t * step_size(t))`. For mini-batches of equal weight this is exactly the stochastic approximation
-`s <- (1 - step) s + step * s_batch` of Cappé & Moulines (2009), equation 11.
+`V / (t * step_size(t))`, or all of `V` where that is less. For mini-batches of equal weight this is the
+stochastic approximation `s <- (1 - step) s + step * s_batch` of Cappé & Moulines (2009), equation 11, with
+the step size never below 1 / t: a constant step size, say, comes into force once there are as many
+mini-batches as it remembers.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 @dataclass(frozen=True)
 class StepSize:
     """Base of the schedules that are a sequence of step sizes."""
 
+    half_life: ClassVar[None] = None
+
     def step_size(self, step: float) -> float:
-        """Weight in (0, 1] of mini-batch number `step` (1, 2, ...; fractions of a mini-batch count too)."""
+        """Weight of mini-batch number `step`, in (0, 1] from the first whole one on; fractions may be asked for."""
         raise NotImplementedError(f"{type(self).__name__} must define step_size")
 
     def retention(self, step: float, total_weight: float, batch_weight: float, state_weight: float) -> float:
@@ -157,6 +162,10 @@ class HalfLife:
             raise ValueError(
                 f"half_life must be a finite number > 0 in the units of event time, got {self.half_life!r}"
             )
+
+    def retention(self, step: float, total_weight: float, batch_weight: float, state_weight: float) -> float:
+        """Return 1: the past fades with event time, when statistics of different times are merged."""
+        return 1.0
 
 
 Schedule = StepSize | HalfLife

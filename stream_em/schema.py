@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from operator import itemgetter
@@ -21,13 +23,21 @@ Kind = Literal["numeric", "category", "flag", "count", "duration"]
 KINDS: tuple[Kind, ...] = ("numeric", "category", "flag", "count", "duration")
 UNKNOWN_POLICIES = ("refuse", "ignore", "add")
 
+# Beyond this the log-probability of a count, a small difference of large numbers, has no digit left to trust.
+LARGEST_COUNT = 1e12
+
+# Smaller weights would be lost beside the prior, and their products leave the range of doubles.
+SMALLEST_SAMPLE_WEIGHT = 1e-100
+
 EXPECTED: dict[str, str] = {
     "numeric": f"a finite number of magnitude at most {LARGEST_VALUE:g}",
     "category": "a string",
     "flag": "true or false (or 1 or 0)",
-    "count": "a whole number >= 0",
+    "count": f"a whole number >= 0 (at most {LARGEST_COUNT:g})",
     "duration": "a finite number >= 0",
 }
+
+EXPECTED_WEIGHT = f"a finite weight >= 0 (0, or from {SMALLEST_SAMPLE_WEIGHT:g} to {LARGEST_VALUE:g})"
 
 # Code of every category outside the vocabulary. It is 0 so that the codes of known categories never move
 # when the vocabulary grows.
@@ -189,20 +199,22 @@ class Batch:
     @cached_property
     def observed(self) -> npt.NDArray[np.bool_] | None:
         """(D, B) whether each value is there, or None when nothing is missing."""
-        if np.isnan(np.add.reduce(self.values, axis=None)):
+        if np.isnan(self._row_sums).any():
             return ~np.isnan(self.values)
         return None
 
     @cached_property
+    def _row_sums(self) -> Array:
+        sums: Array = np.add.reduce(self.values, axis=1)
+        return sums
+
+    @cached_property
     def center(self) -> Array:
         """(D,) mean of the observed values, 0 where there is none: a reference point near the data."""
-        if self.n_events == 0:
-            return np.zeros(len(self.values))
-        mean: Array = np.add.reduce(self.values, axis=1)
-        mean /= self.n_events
-        if self.observed is not None:
-            counts = self.observed.sum(axis=1)
-            mean = np.where(self.observed, self.values, 0.0).sum(axis=1) / np.maximum(counts, 1)
+        if self.observed is None:
+            return self._row_sums / max(self.n_events, 1)
+        counts = np.maximum(self.observed.sum(axis=1), 1)
+        mean: Array = np.where(self.observed, self.values, 0.0).sum(axis=1) / counts
         return mean
 
     def select(self, positions: npt.NDArray[np.intp] | slice) -> Batch:
@@ -241,7 +253,7 @@ class Schema:
 
     """
 
-    __slots__ = ("_getter", "_index", "fields", "names", "unknown")
+    __slots__ = ("_all_numeric", "_getter", "_index", "fields", "names", "unknown")
 
     def __init__(
         self,
@@ -265,6 +277,7 @@ class Schema:
         self.fields: tuple[Field, ...] = tuple(declared)
         self.names: tuple[str, ...] = tuple(one.name for one in declared)
         self.unknown: Literal["refuse", "ignore", "add"] = unknown
+        self._all_numeric = all(one.kind == "numeric" for one in declared)
         self._index = {name: index for index, name in enumerate(self.names)}
         if len(self._index) != len(self.names):
             repeated = [name for name, count in Counter(self.names).items() if count > 1]
@@ -314,6 +327,8 @@ class Schema:
         False
 
         """
+        if self is other:
+            return True
         return len(self) >= len(other) and all(
             mine is theirs
             or (
@@ -405,13 +420,14 @@ class Schema:
             raise ValueError(f'on_error must be "raise" or "collect", got {on_error!r}')
         if isinstance(events, Batch):
             return self._adopt(events, weight, time)
+        events = in_memory(events)
         errors: dict[int, EventError] = {}
         ignored: dict[str, int] = {}
         schema = self
         if isinstance(events, np.ndarray):
             values = self._encode_matrix(events)
-        elif _is_frame(events):
-            schema, values = self._encode_frame(_as_arrow(events), errors, ignored, extend)
+        elif isinstance(events, pa.Table):
+            schema, values = self._encode_frame(events, errors, ignored, extend)
         else:
             schema, values = self._encode_dicts(_as_dicts(events), errors, ignored, extend)
         schema._check_values(values, errors)
@@ -460,7 +476,7 @@ class Schema:
                 f"the array has {matrix.shape[1]} columns, the schema {len(self.fields)} fields "
                 f"({', '.join(map(repr, self.names))})"
             )
-        for one in self.fields:
+        for one in () if self._all_numeric else self.fields:
             if one.kind == "category":
                 raise SchemaError(
                     f"field {one.name!r} is a category, which an array of numbers cannot hold; pass a frame or dicts"
@@ -567,6 +583,8 @@ class Schema:
         # One pass tells that all is well: the sum of squares is not finite if any value is NaN or infinite.
         flat = values.ravel(order="K")
         complete = float(np.dot(flat, flat)) < LARGEST_VALUE
+        if complete and self._all_numeric:
+            return
         if not complete:
             empty = np.isnan(values).all(axis=0)
             for index in np.flatnonzero(empty).tolist():
@@ -578,7 +596,7 @@ class Schema:
             if one.kind in ("count", "duration"):
                 wrong |= row < 0.0
             if one.kind == "count":
-                wrong |= (row != np.floor(row)) & ~np.isnan(row)
+                wrong |= ((row != np.floor(row)) & ~np.isnan(row)) | (row > LARGEST_COUNT)
             if one.kind == "flag":
                 wrong |= (row != 0.0) & (row != 1.0) & ~np.isnan(row)
             for index in np.flatnonzero(wrong).tolist():
@@ -613,21 +631,31 @@ def _rebuild_schema(fields: tuple[Field, ...], unknown: Literal["refuse", "ignor
     return Schema(fields, unknown=unknown)
 
 
+def in_memory(events: Any) -> Any:
+    """Return events that can be gone through twice: a frame that is a stream is read into a table."""
+    return _as_arrow(events) if _is_frame(events) else events
+
+
 def _is_frame(events: Any) -> bool:
     return isinstance(events, pa.RecordBatch | pa.Table) or hasattr(events, "__arrow_c_stream__")
 
 
 def _as_arrow(events: Any) -> pa.Table:
-    if isinstance(events, pa.Table):
-        return events
     if isinstance(events, pa.RecordBatch):
-        return pa.Table.from_batches([events])
-    names = getattr(events, "columns", None)
-    if names is not None:
-        repeated = [str(name) for name, count in Counter(names).items() if count > 1]
+        events = pa.Table.from_batches([events])
+    if not isinstance(events, pa.Table):
+        names = getattr(events, "columns", None)
+        repeated = [] if names is None else [str(name) for name, count in Counter(names).items() if count > 1]
         if repeated:
             raise SchemaError(f"the frame has duplicate columns: {', '.join(map(repr, repeated))}")
-    return pa.RecordBatchReader.from_stream(events).read_all()
+        try:
+            events = pa.RecordBatchReader.from_stream(events).read_all()
+        except (pa.ArrowException, TypeError, ValueError) as error:
+            raise SchemaError(f"the {type(events).__name__} cannot be read as a table of columns: {error}") from None
+    # pandas hands its index over as columns; it labels the rows and is no field.
+    described = (events.schema.pandas_metadata or {}).get("index_columns", ())
+    index = [name for name in described if isinstance(name, str) and name in events.column_names]
+    return events.drop_columns(index) if index else events
 
 
 def _as_matrix(matrix: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -635,7 +663,9 @@ def _as_matrix(matrix: npt.NDArray[Any]) -> npt.NDArray[Any]:
         raise SchemaError(f"an array of events has two dimensions (events, fields), got shape {matrix.shape}")
     if matrix.dtype.kind not in "fiub":
         raise SchemaError(f"an array of events holds numbers, got dtype {matrix.dtype}; pass a frame or dicts")
-    return matrix
+    if isinstance(matrix, np.ma.MaskedArray):
+        matrix = np.ma.filled(matrix.astype(np.float64), np.nan)
+    return np.asarray(matrix)
 
 
 def _as_dicts(events: Any) -> Sequence[Mapping[str, Any]]:
@@ -783,9 +813,9 @@ def _check_weight(weight: npt.ArrayLike | None, n_events: int, errors: dict[int,
     if weight is None:
         return None
     weights = _per_event("weight", weight, n_events)
-    wrong = ~((weights >= 0.0) & (weights <= LARGEST_VALUE))
+    wrong = ~((weights == 0.0) | ((weights >= SMALLEST_SAMPLE_WEIGHT) & (weights <= LARGEST_VALUE)))
     for index in np.flatnonzero(wrong).tolist():
-        errors[index] = EventError(index, "weight", float(weights[index]), "a finite weight >= 0")
+        errors[index] = EventError(index, "weight", float(weights[index]), EXPECTED_WEIGHT)
     return weights
 
 
@@ -793,9 +823,12 @@ def _check_time(time: npt.ArrayLike | None, n_events: int, errors: dict[int, Eve
     if time is None:
         return None
     moments = np.asarray(time)
+    if moments.dtype.kind in "OU":
+        # datetime objects, with or without a zone, and ISO 8601 text; numbers pass through unchanged.
+        with suppress(pa.ArrowException):
+            moments = pa.array(moments.ravel().tolist()).cast(pa.timestamp("us")).to_numpy(zero_copy_only=False)
     if moments.dtype.kind == "M":
-        seconds = (moments - np.datetime64(0, "s")) / np.timedelta64(1, "s")
-        moments = seconds
+        moments = (moments - np.datetime64(0, "s")) / np.timedelta64(1, "s")
     times = _per_event("time", moments, n_events)
     for index in np.flatnonzero(~np.isfinite(times)).tolist():
         errors.setdefault(index, EventError(index, "time", float(times[index]), "a finite event time"))
@@ -804,9 +837,12 @@ def _check_time(time: npt.ArrayLike | None, n_events: int, errors: dict[int, Eve
 
 def _per_event(what: str, given: npt.ArrayLike, n_events: int) -> Array:
     try:
-        numbers = np.asarray(given, dtype=np.float64)
+        numbers = np.asarray(given)
+        if numbers.dtype.kind == "c":
+            raise TypeError
+        numbers = numbers.astype(np.float64, copy=False)
     except (TypeError, ValueError, OverflowError):
-        raise SchemaError(f"{what} must be a number for each event, got {given!r}") from None
+        raise SchemaError(f"{what} must be a number for each event, got {reprlib.repr(given)}") from None
     if numbers.ndim == 0:
         return np.full(n_events, float(numbers))
     if numbers.shape != (n_events,):

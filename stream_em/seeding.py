@@ -90,7 +90,7 @@ def concatenate(batches: list[Batch]) -> Batch:
 
 
 def seed(
-    model: Mixture, batch: Batch, generator: np.random.Generator, *, n_starts: int = 4, n_iterations: int = 10
+    model: Mixture, batch: Batch, generator: np.random.Generator, *, n_starts: int = 8, n_iterations: int = 10
 ) -> MixtureParameters:
     """Return parameters from which EM can go on.
 

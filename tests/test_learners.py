@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 from cases import (
@@ -44,9 +45,10 @@ from stream_em import (
     Schema,
     SchemaError,
 )
+from stream_em.families.gaussian import GaussianParameters
 from stream_em.learners import Prediction
 from stream_em.schedules import Schedule
-from stream_em.store import to_bytes
+from stream_em.store import from_bytes, to_bytes
 
 every_family = pytest.mark.parametrize("name", CASES)
 MODEL = Mixture(Gaussian(), 3)
@@ -913,3 +915,101 @@ def test_a_batch_of_events_is_scored_as_it_was_encoded() -> None:
     fitted = BatchEM(MODEL, schema=NUMERIC).fit(NUMERIC.encode(EVENTS))
     batch = Batch(EVENTS[:20].T, NUMERIC)
     assert np.array_equal(fitted.log_prob(batch), fitted.log_prob(EVENTS[:20]))
+
+
+# What a stream in the wild brings
+
+
+def test_values_too_small_to_square_are_constants() -> None:
+    events = np.c_[np.random.default_rng(0).normal(size=1_000), np.full(1_000, 1e-170)]
+    for kind in ("full", "tied", "diag", "spherical"):
+        learner = OnlineEM(Mixture(Gaussian(kind), 2)).update(events)  # type: ignore[arg-type]
+        assert np.isfinite(learner.parameters.weights).all()
+        assert np.isfinite(learner.log_prob(events)).all()
+
+
+def test_an_update_that_fails_half_way_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = OnlineEM(MODEL, warm_up=100).update(EVENTS[:50])
+    before = to_bytes(learner)
+
+    def fail(*_: object) -> None:
+        raise ArithmeticError("no memory left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("stream_em.learners.seed_parameters", fail)
+        with pytest.raises(ArithmeticError):
+            learner.update(EVENTS[50:400])
+    assert to_bytes(learner) == before
+    expected = OnlineEM(MODEL, warm_up=100).update(EVENTS[:50]).update(EVENTS[50:400])
+    assert to_bytes(learner.update(EVENTS[50:400])) == to_bytes(expected)
+
+
+def test_a_stream_that_can_be_read_once_is_learned_whole() -> None:
+    table = pa.table({"x": EVENTS[:, 0], "y": EVENTS[:, 1]})
+    learner = OnlineEM(MODEL).update(table.to_reader())
+    assert learner.n_events == len(EVENTS)
+    assert BatchEM(MODEL, max_iter=2).fit(table.to_reader()).n_events == len(EVENTS)
+
+
+def test_the_index_of_a_frame_is_no_field() -> None:
+    frame = pd.DataFrame({"x": EVENTS[:, 0], "y": EVENTS[:, 1]})
+    filtered = frame[frame["x"] > frame["x"].median()]
+    learner = OnlineEM(MODEL, warm_up=50).update(filtered)
+    assert learner.schema is not None
+    assert learner.schema.names == ("x", "y")
+    assert learner.log_prob(frame.sample(7, random_state=0)).shape == (7,)
+
+
+def test_times_may_be_given_as_dates() -> None:
+    schedule = HalfLife(3_600.0)
+    stamps = pd.Series(pd.date_range("2026-01-01", periods=len(EVENTS), freq="s", tz="Europe/Berlin"))
+    seconds = stamps.astype("int64").to_numpy() / (1e9 if stamps.dt.unit == "ns" else 1e6)
+    expected = OnlineEM(MODEL, schedule=schedule).update(EVENTS, time=seconds)
+    for given in (stamps, stamps.dt.tz_convert("UTC").dt.tz_localize(None).to_numpy(), list(stamps), stamps.map(str)):
+        learner = OnlineEM(MODEL, schedule=schedule).update(EVENTS, time=given)
+        np.testing.assert_allclose(learner.parameters.components.mean, expected.parameters.components.mean, rtol=1e-9)
+
+
+def test_an_event_without_weight_moves_no_clock() -> None:
+    schedule = HalfLife(10.0)
+    weight, time = np.ones(400), np.arange(400.0)
+    weight[-1], time[-1] = 0.0, 1e9
+    learner = OnlineEM(MODEL, schedule=schedule, batch_size=50).update(EVENTS[:400], weight=weight, time=time)
+    plain = OnlineEM(MODEL, schedule=schedule, batch_size=50).update(EVENTS[:399], time=time[:399])
+    np.testing.assert_allclose(learner.parameters.components.mean, plain.parameters.components.mean, rtol=1e-9)
+
+
+def test_forks_may_meet_new_categories() -> None:
+    schema = Schema({"x": "numeric", "c": "category"})
+    model = Mixture(Product({"x": Gaussian(), "c": Categorical()}), 2)
+    known = [{"x": float(i % 2) * 9.0, "c": "ab"[i % 2]} for i in range(300)]
+    learner = OnlineEM(model, schema=schema, schedule=Harmonic()).update(known)
+    fork, idle, other = learner.fork(), learner.fork(), learner.fork()
+    fork.update([{"x": 0.0, "c": "new"}] * 30).update([{"x": 0.0, "c": "new"}] * 30)
+    other.update(known[:50])
+    merged = other.merge(fork).merge(idle)
+    assert merged.n_events == 110
+    assert merged.schema is not None
+    assert merged.schema.fields[1].categories == ("a", "b", "new")
+    assert merged.statistics is not None
+    assert merged.statistics.total_weight == pytest.approx(110)
+
+
+def test_a_state_is_not_merged_with_itself() -> None:
+    learner = OnlineEM(MODEL).update(EVENTS[:400])
+    with pytest.raises(MergeError, match="identical"):
+        learner.merge(from_bytes(to_bytes(learner)))  # type: ignore[arg-type]
+
+
+def test_nearly_collinear_fields_keep_their_precision() -> None:
+    correlation = 1.0 - 1e-10
+    covariance = np.array([[[1.0, correlation], [correlation, 1.0]]])
+    parameters = MixtureParameters(np.ones(1), GaussianParameters(np.zeros((1, 2)), covariance), np.zeros(1, np.int64))
+    schema = Schema({"x": "numeric", "y": "numeric"})
+    fitted = FittedMixture(Mixture(Gaussian(), 1), parameters, schema)
+    events = np.array([[1.5, 1.5], [2.0, 2.0 + 1e-5], [-1.0, -1.0 - 2e-5]])
+    # In the directions (1, 1) and (1, -1), where nothing cancels.
+    along, across = events.sum(axis=1), np.array([0.0, -1e-5, 2e-5])
+    expected = -0.5 * (along**2 / (2 + 2 * correlation) + across**2 / (2 - 2 * correlation))
+    expected -= 0.5 * math.log((1 - correlation) * (1 + correlation)) + math.log(2 * math.pi)
+    np.testing.assert_allclose(fitted.log_prob(events), expected, atol=1e-5)

@@ -85,6 +85,19 @@ class TestChunks:
         for given in (tmp_path, f"{tmp_path}/*.parquet", paths):
             assert only(open_source(given)).rows.equals(table(12))
 
+    def test_files_left_out_are_told_and_a_file_that_is_named_is_read(self, tmp_path):
+        for number in range(3):
+            pq.write_table(table(4, 4 * number), tmp_path / f"{number}.parquet")
+        (tmp_path / "link").symlink_to(tmp_path)
+        for given in (tmp_path, f"{tmp_path}/*.parquet"):
+            source = open_source(given, leave_out=[tmp_path / "link" / "1.parquet"])
+            assert source.left_out == (str(tmp_path / "1.parquet"),)
+            assert only(source).rows.equals(pa.concat_tables([table(4), table(4, 8)]))
+        source = open_source(tmp_path / "1.parquet", leave_out=[tmp_path / "1.parquet"])
+        assert (source.left_out, source.paths) == ((), (str(tmp_path / "1.parquet"),))
+        with pytest.raises(SourceError, match="files but those left out"):
+            open_source(tmp_path, leave_out=sorted(tmp_path.glob("*.parquet")))
+
     def test_limit_counts_events(self, tmp_path):
         pq.write_table(table(30), tmp_path / "a.parquet", row_group_size=4)
         assert sum(len(chunk) for chunk in open_source(tmp_path / "a.parquet", limit=13).chunks(5)) == 13
@@ -207,6 +220,22 @@ class TestCsvTypes:
         chunk = only(open_source(tmp_path / "a.csv", fields={"n": "numeric"}))
         assert chunk.rejected[0].value == "1_000"
 
+    def test_a_quote_left_open_costs_what_it_swallows(self, tmp_path):
+        write_csv(tmp_path / "a.csv", ["x,y", "1,2", '"3,4', "5,6"])
+        chunk = only(open_source(tmp_path / "a.csv"))
+        assert chunk.events.to_pydict() == {"x": [1], "y": [2]}
+        assert chunk.rejected[0].line == 3
+        assert chunk.rejected[0].reason == "expected 2 cells as in the header, got 1; a quote may have been left open"
+
+    def test_rows_that_are_all_of_the_wrong_length(self, tmp_path):
+        chunk = only(open_source(write_csv(tmp_path / "a.csv", ["x,y", "1", "2,3,4"])))
+        assert len(chunk) == 0
+        assert [(r.index, r.line) for r in chunk.rejected] == [(0, 2), (1, 3)]
+
+    def test_a_column_name_with_a_line_break_and_blank_lines_before_it(self, tmp_path):
+        (tmp_path / "a.csv").write_text('\n\r\n"x\n1",y\n1,2\n')
+        assert only(open_source(tmp_path / "a.csv")).events.to_pydict() == {"x\n1": [1], "y": [2]}
+
     def test_byte_order_mark(self, tmp_path):
         (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbfn\r\n1\r\n")
         assert only(open_source(tmp_path / "a.csv")).events.to_pydict() == {"n": [1.0]}
@@ -221,6 +250,18 @@ class TestJsonLines:
         assert chunk.line.tolist() == [1, 7]
         assert [(r.index, r.line) for r in chunk.rejected] == [(1, 2), (2, 4), (3, 5), (4, 6)]
         assert chunk.rejected[0].event == '{"x": '
+
+    @pytest.mark.parametrize(
+        ("line", "field"),
+        [(rb'{"x": "\ud800"}', "x"), (rb'{"a": 1, "b": ["\uDFFF"]}', "b"), (rb'{"\udabc": 1}', "\udabc")],
+    )
+    def test_half_a_character_costs_its_event(self, tmp_path, line, field):
+        (tmp_path / "a.jsonl").write_bytes(line + b'\n{"x": "\\ud83d\\ude00 \\\\ud800"}\n')
+        chunk = only(open_source(tmp_path / "a.jsonl"))
+        assert chunk.events == [{"x": "\U0001f600 \\ud800"}]
+        (rejection,) = chunk.rejected
+        assert (rejection.index, rejection.line, rejection.field) == (0, 1, field)
+        assert "half a character" in rejection.reason
 
     def test_a_json_array_is_not_json_lines(self, tmp_path):
         (tmp_path / "a.json").write_text('[\n{"x": 1}\n]')
@@ -265,6 +306,27 @@ class TestRefusals:
     def test_truncated_gzip(self, tmp_path):
         (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"x": 1}\n' * 100)[:-10])
         self.refused(r"a\.jsonl\.gz: cannot be read", tmp_path / "a.jsonl.gz")
+
+    @pytest.mark.parametrize("name", ["a.csv.gz", "a.jsonl.gz"])
+    def test_damaged_gzip(self, tmp_path, name):
+        rows = np.random.default_rng(0).integers(10**9, size=20_000)
+        lines = "".join(f'{{"x": {i}}}\n' if "json" in name else f"{i}\n" for i in rows)
+        whole = gzip.compress(("x\n" * ("csv" in name) + lines).encode())
+        for start in (0, 2, 12, len(whole) // 2, len(whole) - 4):
+            content = bytearray(whole)
+            content[start : start + 4] = bytes(255 - byte for byte in content[start : start + 4])
+            (tmp_path / name).write_bytes(content)
+            self.refused(r"a\..*\.gz: cannot be read as", tmp_path / name)
+
+    def test_lines_that_csv_does_not_know(self, tmp_path):
+        (tmp_path / "a.csv").write_bytes(b"x,y\r1,2\r3,4\r")
+        self.refused(r"a\.csv: its first line has no end .* not in CR alone", tmp_path / "a.csv")
+        (tmp_path / "a.csv").write_bytes(b"x" * 3_000_000)
+        self.refused(r"a\.csv: its first line has no end", tmp_path / "a.csv")
+        (tmp_path / "a.csv").write_bytes(b'x,"y\n1,2\n')
+        self.refused(r"a\.csv: cannot be read as CSV", tmp_path / "a.csv")
+        (tmp_path / "a.csv").write_bytes(b"x,y\n1,2\n" + b"9" * 10_000_000 + b",3\n4,5\n")
+        self.refused(r"a\.csv: an event is longer than 1,048,576 bytes", tmp_path / "a.csv")
 
     def test_nothing_there(self, tmp_path):
         (tmp_path / "events.csv").write_text("x\n1\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from stream_em.families.base import Family, FamilyError
@@ -66,6 +67,11 @@ def automatic_family(schema: Schema, covariance_type: CovarianceType = "full") -
 def specification_of_family(family: Family) -> dict[str, Any]:
     """Return a family as plain data.
 
+    Raises
+    ------
+    FamilyError
+        When the family is not one of this library's.
+
     >>> specification_of_family(Gaussian("diag"))
     {'family': 'gaussian', 'covariance_type': 'diag'}
 
@@ -76,10 +82,11 @@ def specification_of_family(family: Family) -> dict[str, Any]:
             for key, one in family.families.items()
         ]
         return {"family": "product", "factors": factors}
-    specification: dict[str, Any] = {"family": NAMES[type(family)]}
-    if isinstance(family, Gaussian):
-        specification["covariance_type"] = family.covariance_type
-    return specification
+    if type(family) not in NAMES:
+        raise FamilyError(f"{type(family).__name__} is no family of this library, so it cannot be described as data")
+    # What `bind` sets takes no part in comparisons.
+    options = {one.name: getattr(family, one.name) for one in fields(family) if one.compare}  # type: ignore[arg-type]
+    return {"family": NAMES[type(family)], **options}
 
 
 def family_from_specification(specification: dict[str, Any]) -> Family:
@@ -100,8 +107,8 @@ def family_from_specification(specification: dict[str, Any]) -> Family:
         families: dict[str | tuple[str, ...], Family] = {}
         for factor in options["factors"]:
             of_factor = dict(factor)
-            fields = tuple(of_factor.pop("fields"))
-            families[fields[0] if len(fields) == 1 else fields] = family_from_specification(of_factor)
+            names = tuple(of_factor.pop("fields"))
+            families[names] = family_from_specification(of_factor)
         return Product(families)
     if name not in BY_NAME:
         raise FamilyError(f"unknown family {name!r}, expected one of {', '.join([*BY_NAME, 'product'])}")

@@ -43,15 +43,21 @@ class Block(ABC):
     has_base_measure: bool = False
 
     @abstractmethod
-    def natural(self, centers: Array) -> tuple[Array, Array]:
-        """Return coefficients (K, Q) and constants (K,) of the log-density for features about `centers`.
-
-        `centers` is (K, D), or (1, D) when all components share one.
-        """
+    def natural(self, center: Array) -> tuple[Array, Array]:
+        """Return coefficients (K, Q) and constants (K,) of the log-density for features about `center` (D,)."""
 
     def unstable(self, center: Array) -> npt.NDArray[np.intp] | None:
-        """Return the components for which features about `center` (D,) would lose precision, None when none."""
+        """Return the components for which features about `center` (D,) lose precision, None when there is none."""
         return None
+
+    def log_density(self, values: Array, observed: Mask | None, component: int) -> Array:
+        """Return the log-density (B,) under one component, at full precision; for the unstable ones."""
+        features = np.empty((self.n_features, values.shape[1]))
+        center = np.zeros(len(values))
+        self.write_features(values, center, observed, features)
+        theta, constant = self.natural(center)
+        density: Array = theta[component] @ features + constant[component]
+        return density
 
     @abstractmethod
     def write_features(self, values: Array, center: Array, observed: Mask | None, out: Array) -> None:
@@ -74,11 +80,6 @@ class Family(ABC):
     """A parametric family of component densities over one or more fields."""
 
     kinds: ClassVar[frozenset[str]]
-    location: ClassVar[bool] = False
-    """Whether features are taken about a shifted origin."""
-
-    joint: ClassVar[bool] = False
-    """Whether fields depend on each other, so that events are grouped by which of them are missing."""
 
     def bind(self, fields: tuple[Field, ...]) -> Self:
         """Return the family for these fields.
@@ -98,12 +99,8 @@ class Family(ABC):
         return self
 
     def joint_fields(self, n_fields: int) -> Mask:
-        """Return which of the fields (D,) depend on each other."""
-        return np.full(n_fields, self.joint)
-
-    def location_fields(self, n_fields: int) -> Mask:
-        """Return for which of the fields (D,) features are taken about a shifted origin."""
-        return np.full(n_fields, self.location)
+        """Return which of the fields (D,) depend on each other, so that events are grouped by which are missing."""
+        return np.zeros(n_fields, dtype=bool)
 
     @abstractmethod
     def block(self, parameters: Any, observed: Mask | None) -> Block:
@@ -154,6 +151,21 @@ class Family(ABC):
         `pooled` are parameters of identical components over the new fields; they say what the events seen
         so far are taken to have held where a joint family needs a value.
         """
+
+    def covariance(self, parameters: Any, first: int, second: int) -> Array:
+        """Return the covariance (K,) of two different fields in each component."""
+        return np.zeros(len(self.moments(parameters)[0]))
+
+    def probabilities(self, parameters: Any, position: int) -> Array:
+        """Return the probabilities (K, C) of the codes of the category field at this position.
+
+        Raises
+        ------
+        FamilyError
+            When the field is no category.
+
+        """
+        raise FamilyError(f"{type(self).__name__} has no categories")
 
     @abstractmethod
     def arrays(self, parameters: Any) -> dict[str, Array]:

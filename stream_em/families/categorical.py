@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from stream_em.families.base import Block, Family, Mask, Parts
+from stream_em.families.base import Block, Family, FamilyError, Mask, Parts
 from stream_em.numerics import Array, safe_divide
 from stream_em.schema import Field
 from stream_em.statistics import Sums
@@ -17,7 +17,7 @@ from stream_em.statistics import Sums
 SMALLEST_PROBABILITY = 1e-12
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CategoricalParameters:
     """Probabilities of all codes.
 
@@ -39,7 +39,7 @@ class _CategoricalBlock(Block):
         self.n_codes = n_codes
         self.n_features = sum(n_codes)
 
-    def natural(self, centers: Array) -> tuple[Array, Array]:
+    def natural(self, center: Array) -> tuple[Array, Array]:
         probability = self.parameters.probability
         return np.log(probability), np.zeros(len(probability))
 
@@ -68,7 +68,7 @@ class Categorical(Family):
 
     """
 
-    n_codes: tuple[int, ...] = ()
+    n_codes: tuple[int, ...] = field(default=(), compare=False, repr=False)
 
     kinds: ClassVar[frozenset[str]] = frozenset({"category"})
 
@@ -79,6 +79,8 @@ class Categorical(Family):
         return _CategoricalBlock(parameters, self.n_codes)
 
     def _by_field(self, codes: Array) -> list[Array]:
+        if not self.n_codes:
+            raise FamilyError("the number of categories is not known yet: bind the model to a schema first")
         return np.split(codes, np.cumsum(self.n_codes)[:-1], axis=-1)
 
     def _normalized(self, counts: Array) -> Array:
@@ -86,8 +88,8 @@ class Categorical(Family):
         return np.maximum(np.concatenate(shares, axis=-1), SMALLEST_PROBABILITY)
 
     def _smoothed(self, counts: Array) -> Array:
-        even = np.concatenate([np.full(size, 1.0 / size) for size in self.n_codes])
-        return self._normalized(counts + even)
+        even = [np.full(size, 1.0 / size) for size in self.n_codes]
+        return self._normalized(counts + np.concatenate(even) if even else counts)
 
     def pooled(self, values: Array, weight: Array, n_components: int) -> CategoricalParameters:  # noqa: D102
         counts = np.concatenate(
@@ -118,8 +120,7 @@ class Categorical(Family):
             variances.append(probability @ code**2 - mean**2)
         return np.stack(means, axis=1), np.maximum(np.stack(variances, axis=1), 0.0)
 
-    def probabilities(self, parameters: CategoricalParameters, position: int) -> Array:
-        """Return the probabilities (K, C) of the codes of the field at this position."""
+    def probabilities(self, parameters: CategoricalParameters, position: int) -> Array:  # noqa: D102
         return self._by_field(parameters.probability)[position]
 
     def sample(  # noqa: D102

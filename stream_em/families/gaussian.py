@@ -21,11 +21,14 @@ LOG_TWO_PI = float(np.log(2.0 * np.pi))
 # the rounding of the expanded square exceeds about 1e-9.
 LARGEST_SQUARED_OFFSET = 4e6
 
+# Below this a variance, and its products with others, would leave the range of doubles.
+SMALLEST_VARIANCE = 1e-200
+
 CovarianceType = Literal["full", "tied", "diag", "spherical"]
 COVARIANCE_TYPES: tuple[CovarianceType, ...] = ("full", "tied", "diag", "spherical")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GaussianParameters:
     """Means and covariances of all components.
 
@@ -57,6 +60,18 @@ class GaussianParameters:
         return np.sqrt(_diagonal(self.precision))
 
     @cached_property
+    def inflation(self) -> Array:
+        """Largest variance inflation factor of any field, (K,) or (): how nearly collinear the fields are."""
+        inflation = _diagonal(self.precision) * _diagonal(np.ascontiguousarray(self.covariance))
+        largest: Array = np.maximum.reduce(inflation, axis=-1, initial=1.0)
+        return largest
+
+    @cached_property
+    def largest_inflation(self) -> float:
+        """Largest variance inflation factor of any field in any component."""
+        return float(np.max(self.inflation))
+
+    @cached_property
     def log_normalizer(self) -> Array:
         """Log-density at the mean, (K,) or ()."""
         log_root = np.add.reduce(np.log(_diagonal(self.factor)), axis=-1)
@@ -72,7 +87,7 @@ class GaussianParameters:
 
 
 def _diagonal(matrices: Array) -> Array:
-    """The diagonals (..., D) of contiguous matrices (..., D, D), as a view."""
+    """The diagonals (..., D) of contiguous matrices (..., D, D), as a view, which `np.diagonal` makes slower."""
     dimension = matrices.shape[-1]
     return matrices.reshape(*matrices.shape[:-2], dimension * dimension)[..., :: dimension + 1]
 
@@ -100,9 +115,9 @@ def _layout(dimension: int) -> _Layout:
 def _better_centers(centers: Array, offset: Array, variance: Array, weight: Array) -> Array | None:
     """Centers for the components whose variance (K, D) drowns in the rounding of their offset from the center."""
     squared = offset * offset
-    rounding = EPSILON * squared
-    if (rounding <= 1e-9 * variance).all():
+    if (squared <= LARGEST_SQUARED_OFFSET * variance).all():
         return None
+    rounding = EPSILON * squared
     # Against the whole range of the data a variance of 0 is as good as one of 1e-15.
     pooled = weight @ squared / max(float(np.add.reduce(weight)), SMALLEST_WEIGHT)
     lost = (rounding > 1e-9 * variance + 1e-15 * pooled).any(axis=1) & (weight > SMALLEST_WEIGHT)
@@ -124,11 +139,9 @@ class _JointBlock(Block):
         self.layout = _layout(self.dimension)
         self.n_features = self.layout.n_products + self.dimension
 
-    def natural(self, centers: Array) -> tuple[Array, Array]:
+    def natural(self, center: Array) -> tuple[Array, Array]:
         parameters, products = self.parameters, self.layout.n_products
-        if self.observed is not None:
-            centers = centers[:, self.observed]
-        offset = parameters.mean - centers
+        offset = parameters.mean - (center if self.observed is None else center[self.observed])
         if self.tied:
             linear = offset @ parameters.precision
         else:
@@ -142,16 +155,26 @@ class _JointBlock(Block):
         return theta, constant
 
     def unstable(self, center: Array) -> npt.NDArray[np.intp] | None:
-        if self.observed is not None:
-            center = center[self.observed]
-        # By Cauchy and Schwarz, D times the sum over the fields bounds all the terms that cancel.
+        # The terms that cancel are x_i P_ij x_j. By Cauchy and Schwarz, D times the sum of x_i P_ii x_i bounds
+        # them; x is the offset of the component, or, where fields are nearly collinear, its spread.
         limit = LARGEST_SQUARED_OFFSET / max(self.dimension, 1)
-        offset = self.parameters.mean - center
-        offset *= self.parameters.root_precision
-        if np.vdot(offset, offset) <= limit:
+        parameters = self.parameters
+        offset = parameters.mean - (center if self.observed is None else center[self.observed])
+        offset *= parameters.root_precision
+        if np.vdot(offset, offset) <= limit and parameters.largest_inflation <= limit:
             return None
         distance = np.add.reduce(offset * offset, axis=1)
-        return np.flatnonzero(distance > limit) if (distance > limit).any() else None
+        unstable = (distance > limit) | (parameters.inflation > limit)
+        return np.flatnonzero(unstable) if unstable.any() else None
+
+    def log_density(self, values: Array, observed: Mask | None, component: int) -> Array:
+        parameters = self.parameters
+        kept = values if self.observed is None else values[self.observed]
+        factor = parameters.factor if self.tied else parameters.factor[component]
+        normalizer = parameters.log_normalizer if self.tied else parameters.log_normalizer[component]
+        standardized = np.linalg.solve(factor, kept - parameters.mean[component][:, None])
+        density: Array = normalizer - 0.5 * np.einsum("db,db->b", standardized, standardized)
+        return density
 
     def write_features(self, values: Array, center: Array, observed: Mask | None, out: Array) -> None:
         shifted = out[self.layout.n_products :]
@@ -227,9 +250,9 @@ class _SeparateBlock(Block):
         self.masked = observed is not None
         self.n_features = (3 if self.masked else 2) * self.dimension
 
-    def natural(self, centers: Array) -> tuple[Array, Array]:
+    def natural(self, center: Array) -> tuple[Array, Array]:
         dimension = self.dimension
-        offset = self.mean - centers
+        offset = self.mean - center
         precision = 1.0 / self.variance
         theta = np.empty((len(offset), self.n_features))
         theta[:, :dimension] = -0.5 * precision
@@ -244,6 +267,15 @@ class _SeparateBlock(Block):
         offset = self.mean - center
         distance = np.add.reduce(offset * offset / self.variance, axis=1)
         return np.flatnonzero(distance > LARGEST_SQUARED_OFFSET) if (distance > LARGEST_SQUARED_OFFSET).any() else None
+
+    def log_density(self, values: Array, observed: Mask | None, component: int) -> Array:
+        variance = self.variance[component][:, None]
+        deviation = values - self.mean[component][:, None]
+        terms = deviation * deviation / variance + np.log(variance) + LOG_TWO_PI
+        if observed is not None:
+            terms = np.where(observed, terms, 0.0)
+        density: Array = -0.5 * np.add.reduce(terms, axis=0)
+        return density
 
     def write_features(self, values: Array, center: Array, observed: Mask | None, out: Array) -> None:
         dimension = self.dimension
@@ -282,7 +314,7 @@ def pooled_moments(moments: Moments) -> tuple[Array, Array]:
     A field that never varied gets the standard deviation of a thousandth of its value (of 1 where that is
     0): there is no data to say better, and every covariance must stay positive definite.
     """
-    weight = moments.weight if moments.weight.ndim == 2 else moments.weight[:, None]
+    weight = moments.weight if moments.is_separate else moments.weight[:, None]
     total = np.add.reduce(weight, axis=0)
     divisor = np.maximum(total, SMALLEST_WEIGHT)
     mean = np.add.reduce(weight * moments.mean, axis=0) / divisor
@@ -290,25 +322,26 @@ def pooled_moments(moments: Moments) -> tuple[Array, Array]:
     deviation *= deviation
     deviation *= weight
     scatter = moments.scatter
-    if moments.weight.ndim == 2:
+    if moments.is_separate:
         deviation += scatter
-    elif scatter.ndim == 3:
+    elif not moments.is_tied:
         deviation += _diagonal(scatter)
     variance = np.add.reduce(deviation, axis=0)
-    if moments.weight.ndim == 1 and scatter.ndim == 2:
+    if moments.is_tied:
         variance += _diagonal(scatter)
     variance /= divisor
     return mean, _positive_variance(mean, variance)
 
 
 def _positive_variance(mean: Array, variance: Array) -> Array:
-    constant = variance <= (256.0 * EPSILON**2) * mean * mean
+    constant = variance <= np.maximum((256.0 * EPSILON**2) * mean * mean, SMALLEST_VARIANCE)
     if not constant.any():
         return variance
-    return np.where(constant, (1e-3 * np.where(mean == 0.0, 1.0, mean)) ** 2, variance)
+    unit = np.where(np.abs(mean) > np.sqrt(SMALLEST_VARIANCE), mean, 1.0)
+    return np.where(constant, (1e-3 * unit) ** 2, variance)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GaussianPrior:
     """Pseudo-events that each component is given.
 
@@ -355,7 +388,6 @@ class Gaussian(Family):
     covariance_type: CovarianceType = "full"
 
     kinds: ClassVar[frozenset[str]] = frozenset({"numeric", "flag", "count", "duration"})
-    location: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.covariance_type not in COVARIANCE_TYPES:
@@ -430,7 +462,7 @@ class Gaussian(Family):
         return parameters
 
     def log_prior(self, parameters: GaussianParameters, prior: GaussianPrior) -> float:  # noqa: D102
-        theta, constant = self.block(parameters, None).natural(prior.mean[None])
+        theta, constant = self.block(parameters, None).natural(prior.mean)
         dimension = len(prior.mean)
         squares = _layout(dimension).squares if self._is_joint else np.arange(dimension)
         return prior.weight * float((theta[:, squares] @ prior.variance + constant).sum())
@@ -449,6 +481,9 @@ class Gaussian(Family):
         if self._is_joint:
             return np.broadcast_to(parameters.covariance, (n_components, dimension, dimension))
         return self.moments(parameters)[1][:, :, None] * np.eye(dimension)
+
+    def covariance(self, parameters: GaussianParameters, first: int, second: int) -> Array:  # noqa: D102
+        return self.covariances(parameters)[:, first, second]
 
     def sample(  # noqa: D102
         self, parameters: GaussianParameters, components: npt.NDArray[np.intp], generator: np.random.Generator

@@ -16,7 +16,7 @@ from stream_em.schema import Field
 from stream_em.statistics import Sums
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MeanParameters:
     """Means of all components.
 
@@ -30,7 +30,7 @@ class MeanParameters:
     mean: Array
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MeanPrior:
     """Pseudo-events that each component is given.
 
@@ -58,7 +58,7 @@ class _MeanValuedBlock(Block):
         self.has_base_measure = family.has_base_measure
         self.n_features = (2 if self.masked else 1) * self.dimension
 
-    def natural(self, centers: Array) -> tuple[Array, Array]:
+    def natural(self, center: Array) -> tuple[Array, Array]:
         slope, intercept = self.family.natural(self.mean)
         if self.masked:
             return np.concatenate([slope, intercept], axis=1), np.zeros(len(slope))

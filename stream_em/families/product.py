@@ -41,10 +41,7 @@ class _Factor:
 class _ProductBlock(Block):
     """The features of the factors, one after the other."""
 
-    def __init__(
-        self, factors: tuple[_Factor, ...], parameters: tuple[Any, ...], observed: Mask | None, n_components: int
-    ) -> None:
-        self.n_components = n_components
+    def __init__(self, factors: tuple[_Factor, ...], parameters: tuple[Any, ...], observed: Mask | None) -> None:
         self.factors = [
             (
                 factor.name,
@@ -63,13 +60,18 @@ class _ProductBlock(Block):
             for (name, rows, block), start, stop in zip(self.factors, self.bounds[:-1], self.bounds[1:])
         )
 
-    def natural(self, centers: Array) -> tuple[Array, Array]:
-        theta = np.empty((self.n_components, self.n_features))
-        constants = np.zeros(self.n_components)
-        for _, rows, block, span in self._spans():
-            theta[:, span], constant = block.natural(centers[:, rows])
-            constants += constant
-        return theta, constants
+    def natural(self, center: Array) -> tuple[Array, Array]:
+        thetas, constants = zip(*(block.natural(center[rows]) for _, rows, block in self.factors))
+        return np.concatenate(thetas, axis=1), np.add.reduce(constants)
+
+    def log_density(self, values: Array, observed: Mask | None, component: int) -> Array:
+        return sum(
+            (
+                block.log_density(values[rows], None if observed is None else observed[rows], component)
+                for _, rows, block in self.factors
+            ),
+            start=np.zeros(values.shape[1]),
+        )
 
     def unstable(self, center: Array) -> npt.NDArray[np.intp] | None:
         found = [block.unstable(center[rows]) for _, rows, block in self.factors]
@@ -139,6 +141,20 @@ class Product(Family):
                 raise FamilyError(f"the family of {key!r} is {family!r}, which is no family")
         if len(set(self.names)) != len(self.names):
             raise FamilyError("a field has more than one family: " + ", ".join(map(repr, self.names)))
+        # A group of one is written like a single field, so that equal products compare equal.
+        single = {
+            key[0] if isinstance(key, tuple) and len(key) == 1 else key: one for key, one in self.families.items()
+        }
+        object.__setattr__(self, "families", single)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.families.items()))
+
+    @property
+    def _factors(self) -> tuple[_Factor, ...]:
+        if not self.factors:
+            raise FamilyError("the fields are not known yet: bind the model to a schema first")
+        return self.factors
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -159,57 +175,69 @@ class Product(Family):
             factors.append(_Factor(str(index), family.bind(of_factor), of_factor, positions))
         return replace(self, factors=tuple(factors))
 
-    def _mask(self, verb: str, n_fields: int) -> Mask:
+    def joint_fields(self, n_fields: int) -> Mask:  # noqa: D102
         mask = np.zeros(n_fields, dtype=bool)
-        for factor in self.factors:
-            mask[factor.positions] = getattr(factor.family, verb)(len(factor.positions))
+        for factor in self._factors:
+            mask[factor.positions] = factor.family.joint_fields(len(factor.positions))
         return mask
 
-    def joint_fields(self, n_fields: int) -> Mask:  # noqa: D102
-        return self._mask("joint_fields", n_fields)
-
-    def location_fields(self, n_fields: int) -> Mask:  # noqa: D102
-        return self._mask("location_fields", n_fields)
-
     def block(self, parameters: tuple[Any, ...], observed: Mask | None) -> Block:  # noqa: D102
-        n_components = len(self.factors[0].family.moments(parameters[0])[0])
-        return _ProductBlock(self.factors, parameters, observed, n_components)
+        return _ProductBlock(self._factors, parameters, observed)
 
     def pooled(self, values: Array, weight: Array, n_components: int) -> tuple[Any, ...]:  # noqa: D102
-        return tuple(factor.family.pooled(values[factor.rows], weight, n_components) for factor in self.factors)
+        return tuple(factor.family.pooled(values[factor.rows], weight, n_components) for factor in self._factors)
 
     def prior(self, parts: Parts, prior_weight: float) -> tuple[Any, ...]:  # noqa: D102
-        return tuple(factor.family.prior(_parts_of(parts, factor), prior_weight) for factor in self.factors)
+        return tuple(factor.family.prior(_parts_of(parts, factor), prior_weight) for factor in self._factors)
 
     def maximize(self, parts: Parts, prior: tuple[Any, ...]) -> tuple[Any, ...]:  # noqa: D102
         return tuple(
-            factor.family.maximize(_parts_of(parts, factor), of_prior) for factor, of_prior in zip(self.factors, prior)
+            factor.family.maximize(_parts_of(parts, factor), of_prior) for factor, of_prior in zip(self._factors, prior)
         )
 
     def log_prior(self, parameters: tuple[Any, ...], prior: tuple[Any, ...]) -> float:  # noqa: D102
         return sum(
             factor.family.log_prior(of_factor, of_prior)
-            for factor, of_factor, of_prior in zip(self.factors, parameters, prior)
+            for factor, of_factor, of_prior in zip(self._factors, parameters, prior)
         )
 
     def moments(self, parameters: tuple[Any, ...]) -> tuple[Array, Array]:  # noqa: D102
-        pairs = [factor.family.moments(of_factor) for factor, of_factor in zip(self.factors, parameters)]
-        shape = (len(pairs[0][0]), sum(len(factor.positions) for factor in self.factors))
+        pairs = [factor.family.moments(of_factor) for factor, of_factor in zip(self._factors, parameters)]
+        shape = (len(pairs[0][0]), sum(len(factor.positions) for factor in self._factors))
         mean, variance = np.empty(shape), np.empty(shape)
-        for factor, (of_mean, of_variance) in zip(self.factors, pairs):
+        for factor, (of_mean, of_variance) in zip(self._factors, pairs):
             mean[:, factor.positions], variance[:, factor.positions] = of_mean, of_variance
         return mean, variance
 
     def sample(  # noqa: D102
         self, parameters: tuple[Any, ...], components: npt.NDArray[np.intp], generator: np.random.Generator
     ) -> Array:
-        values = np.empty((sum(len(factor.positions) for factor in self.factors), len(components)))
-        for factor, of_factor in zip(self.factors, parameters):
+        values = np.empty((sum(len(factor.positions) for factor in self._factors), len(components)))
+        for factor, of_factor in zip(self._factors, parameters):
             values[factor.positions] = factor.family.sample(of_factor, components, generator)
         return values
 
+    def covariance(self, parameters: tuple[Any, ...], first: int, second: int) -> Array:  # noqa: D102
+        index, within = self._place(first)
+        other, position = self._place(second)
+        if index != other:
+            return super().covariance(parameters, first, second)
+        return self._factors[index].family.covariance(parameters[index], within, position)
+
+    def probabilities(self, parameters: tuple[Any, ...], position: int) -> Array:  # noqa: D102
+        index, within = self._place(position)
+        return self._factors[index].family.probabilities(parameters[index], within)
+
+    def _place(self, position: int) -> tuple[int, int]:
+        """Return the factor of a field, and the field's position in it."""
+        for index, factor in enumerate(self._factors):
+            (found,) = np.nonzero(factor.positions == position)
+            if len(found):
+                return index, int(found[0])
+        raise FamilyError(f"there is no field at position {position}")
+
     def n_parameters(self, n_fields: int, n_components: int) -> int:  # noqa: D102
-        return sum(factor.family.n_parameters(len(factor.positions), n_components) for factor in self.factors)
+        return sum(factor.family.n_parameters(len(factor.positions), n_components) for factor in self._factors)
 
     def grow(  # noqa: D102
         self, parts: Parts, old: tuple[Field, ...], new: tuple[Field, ...], pooled: tuple[Any, ...]
@@ -220,7 +248,7 @@ class Product(Family):
                 'of each field; make the schema with unknown="ignore"'
             )
         grown: dict[str, Any] = {}
-        for factor, of_factor in zip(self.factors, pooled):
+        for factor, of_factor in zip(self._factors, pooled):
             old_fields = tuple(old[position] for position in factor.positions)
             new_fields = tuple(new[position] for position in factor.positions)
             of_parts = factor.family.grow(_parts_of(parts, factor), old_fields, new_fields, of_factor)
@@ -230,12 +258,12 @@ class Product(Family):
     def arrays(self, parameters: tuple[Any, ...]) -> dict[str, Array]:  # noqa: D102
         return {
             f"{factor.name}/{name}": array
-            for factor, of_factor in zip(self.factors, parameters)
+            for factor, of_factor in zip(self._factors, parameters)
             for name, array in factor.family.arrays(of_factor).items()
         }
 
     def from_arrays(self, arrays: Mapping[str, Array]) -> tuple[Any, ...]:  # noqa: D102
-        return tuple(factor.family.from_arrays(_parts_of(arrays, factor)) for factor in self.factors)
+        return tuple(factor.family.from_arrays(_parts_of(arrays, factor)) for factor in self._factors)
 
 
 def _names(key: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from stream_em.families.base import Block, Family, FamilyError, Mask, Parts
 from stream_em.families.gaussian import Gaussian
-from stream_em.numerics import Array, softmax_in_place
+from stream_em.numerics import Array, check_whole, softmax_in_place
 from stream_em.schema import Batch, Schema
 from stream_em.statistics import Statistics, Sums
 
@@ -29,7 +29,7 @@ NEAR_FEATURES, MOST_FEATURES = 2**16, 2**20
 USUAL_BLOCK, LARGEST_BLOCK = 1024, 8192
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MixtureParameters:
     """Parameters of a mixture.
 
@@ -93,6 +93,11 @@ class Mixture:
         "soft" shares an event among components by responsibility (EM); "hard" gives it to the most
         responsible one (classification EM; with spherical components, k-means).
 
+    Attributes
+    ----------
+    schema
+        Fields the model is bound to, None before `bind`.
+
     Raises
     ------
     ValueError
@@ -115,12 +120,12 @@ class Mixture:
     n_components: int
     prior_weight: float = 0.01
     assignment: Literal["soft", "hard"] = "soft"
+    schema: Schema | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.family, Family):
             raise FamilyError(f"family must be a component family such as Gaussian(), got {self.family!r}")
-        if int(self.n_components) != self.n_components or self.n_components < 1:
-            raise ValueError(f"n_components must be a whole number >= 1, got {self.n_components!r}")
+        check_whole(n_components=self.n_components)
         if not (np.isfinite(self.prior_weight) and self.prior_weight > 0.0):
             raise ValueError(
                 f"prior_weight must be a finite number of pseudo-events > 0, got {self.prior_weight!r}; without a "
@@ -138,7 +143,11 @@ class Mixture:
             When a field does not suit the family.
 
         """
-        return replace(self, family=self.family.bind(schema.fields))
+        if self.schema is schema:
+            return self
+        bound = replace(self, family=self.family.bind(schema.fields))
+        object.__setattr__(bound, "schema", schema)
+        return bound
 
     def initialize(self, batch: Batch, responsibilities: Array) -> MixtureParameters:
         """Return parameters from given responsibilities (K, B): one M-step.
@@ -146,21 +155,17 @@ class Mixture:
         Missing values of joint fields are taken at the pooled estimate.
         """
         bound = self.bind(batch.schema)
-        ids = np.arange(self.n_components, dtype=np.int64)
-        pooled = MixtureParameters(np.full(self.n_components, 1.0 / self.n_components), bound._pooled(batch), ids)
-        statistics, _ = bound._expect(pooled, batch, given=responsibilities)
+        statistics, _ = bound._expect(bound.pooled(batch), batch, given=responsibilities)
         return bound.m_step(statistics)
 
     def pooled(self, batch: Batch) -> MixtureParameters:
         """Return parameters of K identical components fitted to all the events: nothing told apart yet."""
-        weights = np.full(self.n_components, 1.0 / self.n_components)
-        return MixtureParameters(
-            weights, self.bind(batch.schema)._pooled(batch), np.arange(self.n_components, dtype=np.int64)
-        )
-
-    def _pooled(self, batch: Batch) -> Any:
         weight = np.ones(batch.n_events) if batch.weight is None else batch.weight
-        return self.family.pooled(batch.values, weight, self.n_components)
+        return MixtureParameters(
+            np.full(self.n_components, 1.0 / self.n_components),
+            self.bind(batch.schema).family.pooled(batch.values, weight, self.n_components),
+            np.arange(self.n_components, dtype=np.int64),
+        )
 
     def e_step(self, parameters: MixtureParameters, batch: Batch, *, n_threads: int = 1) -> Statistics:
         """Return the expected sufficient statistics of a batch.
@@ -177,18 +182,21 @@ class Mixture:
         """
         return self.bind(batch.schema)._expect(parameters, batch, n_threads=n_threads)[0]
 
+    def e_step_with_posterior(self, parameters: MixtureParameters, batch: Batch) -> tuple[Statistics, Posterior]:
+        """Return the expected sufficient statistics and what they were made from, in one E-step."""
+        statistics, posterior = self.bind(batch.schema)._expect(parameters, batch, keep=True)
+        assert posterior is not None
+        return statistics, posterior
+
     def posterior(self, parameters: MixtureParameters, batch: Batch) -> Posterior:
         """Return log-densities and responsibilities of a batch; nothing is learned."""
-        return self.bind(batch.schema)._posterior(parameters, batch)
+        posterior = self.bind(batch.schema)._expect(parameters, batch, keep=True, collect=False)[1]
+        assert posterior is not None
+        return posterior
 
     def log_prob(self, parameters: MixtureParameters, batch: Batch) -> Array:
         """Return the log-density (B,) of each event."""
         return self.posterior(parameters, batch).log_prob
-
-    def _posterior(self, parameters: MixtureParameters, batch: Batch) -> Posterior:
-        posterior = self._expect(parameters, batch, keep=True, collect=False)[1]
-        assert posterior is not None
-        return posterior
 
     def m_step(self, statistics: Statistics, prior: Any = None) -> MixtureParameters:
         """Return the posterior mode of the parameters given the statistics.
@@ -253,13 +261,12 @@ class Mixture:
 
         """
         gaussian = self._gaussian("conditional")
-        at = np.asarray(values, dtype=np.float64)[:, None]
-        centers = np.repeat(at.T, parameters.n_components, axis=0)
+        at = np.asarray(values, dtype=np.float64)
         # About the given point every feature is 0, so the constant is the whole log-density there.
-        log_weights = gaussian.block(gaussian.marginal(parameters.components, given), None).natural(centers)[1]
+        log_weights = gaussian.block(gaussian.marginal(parameters.components, given), None).natural(at)[1]
         log_weights = (log_weights + parameters.log_weights)[:, None]
         softmax_in_place(log_weights)
-        components = gaussian.conditional(parameters.components, given, at[:, 0])
+        components = gaussian.conditional(parameters.components, given, at)
         return MixtureParameters(log_weights[:, 0], components, parameters.component_ids)
 
     def _gaussian(self, verb: str) -> Gaussian:
@@ -274,8 +281,13 @@ class Mixture:
         new fields of a joint family.
         """
         bound = self.bind(new)
-        parts = bound.family.grow(statistics.parts, old.fields, new.fields, bound._pooled(batch))
-        return replace(statistics, parts={"components": statistics.parts["components"], **parts})
+        parts = bound.family.grow(statistics.parts, old.fields, new.fields, bound.pooled(batch).components)
+        return replace(
+            statistics,
+            parts={"components": statistics.parts["components"], **parts},
+            # A new array: statistics of the old fields, which share the old one, must not merge unchecked.
+            component_ids=statistics.component_ids.copy(),
+        )
 
     def _expect(
         self,
@@ -288,34 +300,33 @@ class Mixture:
         n_threads: int = 1,
     ) -> tuple[Statistics, Posterior | None]:
         """Run the E-step of a bound model; `given` responsibilities replace those of the parameters."""
-        posterior = Posterior(np.empty(batch.n_events), np.empty((self.n_components, batch.n_events))) if keep else None
-        weights = np.zeros(self.n_components)
+        posterior = self._empty_posterior(batch) if keep else None
+        weights: Array | None = None
         parts: Parts = {}
         log_likelihood = 0.0
         for positions, observed in _missing_patterns(batch, self.family):
-            whole = positions is None
-            part_of_batch = batch if positions is None else batch.select(positions)
-            expectation = _Expectation(self, parameters, part_of_batch, observed, n_threads)
-            into = posterior
-            if posterior is not None and not whole:
-                into = Posterior(
-                    np.empty(part_of_batch.n_events), np.empty((self.n_components, part_of_batch.n_events))
-                )
-            shares = given if given is None or whole else given[:, positions]
-            block_log_likelihood, block_weights, new = expectation.run(shares, into, collect)
-            if posterior is not None and into is not None and not whole:
-                posterior.log_prob[positions] = into.log_prob
-                posterior.responsibilities[:, positions] = into.responsibilities
-            if not collect:
-                continue
-            log_likelihood += block_log_likelihood
-            weights = weights + block_weights
-            parts = (
-                {name: part.merge(new[name]) for name, part in parts.items()}  # type: ignore[arg-type]
-                if parts
-                else new
-            )
+            if positions is None:
+                expectation = _Expectation(self, parameters, batch, observed, n_threads)
+                of_pattern = expectation.run(given, posterior, collect)
+            else:
+                alike = batch.select(positions)
+                into = self._empty_posterior(alike) if keep else None
+                expectation = _Expectation(self, parameters, alike, observed, n_threads)
+                of_pattern = expectation.run(None if given is None else given[:, positions], into, collect)
+                if posterior is not None and into is not None:
+                    posterior.log_prob[positions] = into.log_prob
+                    posterior.responsibilities[:, positions] = into.responsibilities
+            log_likelihood += of_pattern.log_likelihood
+            if weights is None:
+                weights, parts = of_pattern.weights, of_pattern.parts
+            else:
+                weights = weights + of_pattern.weights
+                parts = {name: part.merge(of_pattern.parts[name]) for name, part in parts.items()}  # type: ignore[arg-type]
+        assert weights is not None
         return Statistics({"components": Sums(weights), **parts}, log_likelihood, parameters.component_ids), posterior
+
+    def _empty_posterior(self, batch: Batch) -> Posterior:
+        return Posterior(np.empty(batch.n_events), np.empty((self.n_components, batch.n_events)))
 
 
 def _missing_patterns(batch: Batch, family: Family) -> Iterator[tuple[npt.NDArray[np.intp] | None, Mask | None]]:
@@ -337,6 +348,14 @@ def _missing_patterns(batch: Batch, family: Family) -> Iterator[tuple[npt.NDArra
         observed = np.ones(len(batch.values), dtype=bool)
         observed[joint] = ~gone[:, first[pattern]]
         yield positions, observed
+
+
+class _Collected(NamedTuple):
+    """What one E-step brings: log-likelihood, weights (K,) of the components, the family's statistics."""
+
+    log_likelihood: float
+    weights: Array
+    parts: Parts
 
 
 _workspaces = threading.local()
@@ -363,34 +382,29 @@ class _Expectation:
         self.n_threads = n_threads
         self.n_components = model.n_components
         self.block: Block = model.family.block(parameters.components, observed)
-        center = batch.center
-        location = model.family.location_fields(len(center))
-        if not location.all():
-            center = np.where(location, center, 0.0)
-        self.center = center
-        centers = center[None]
-        # Components too far from the shared origin get features about their own mean.
-        unstable = self.block.unstable(center)
-        self.own = NOTHING if unstable is None else unstable
-        if unstable is not None:
-            centers = np.repeat(centers, self.n_components, axis=0)
-            means = model.family.moments(parameters.components)[0]
-            centers[unstable] = np.where(location, means[unstable], 0.0)
-        self.centers = centers
+        self.center = batch.center
         self.theta = np.empty((self.n_components, self.block.n_features + 1))
-        self.theta[:, :-1], constant = self.block.natural(centers)
+        self.theta[:, :-1], constant = self.block.natural(self.center)
         np.add(constant, parameters.log_weights, out=self.theta[:, -1])
+        self.log_weights = parameters.log_weights
+        # Components whose log-density would lose precision in the expanded square, too far away or nearly flat:
+        # theirs is computed directly, and their features are taken about their own mean.
+        unstable = self.block.unstable(self.center)
+        self.direct = NOTHING if unstable is None else unstable
+        self.centers = self.center[None]
+        if unstable is not None:
+            self.centers = np.repeat(self.centers, self.n_components, axis=0)
+            self.centers[unstable] = model.family.moments(parameters.components)[0][unstable]
 
-    def run(self, given: Array | None, into: Posterior | None, collect: bool) -> tuple[float, Array, Parts]:
-        """Return the log-likelihood, the weights (K,) of the components and the family's statistics."""
+    def run(self, given: Array | None, into: Posterior | None, collect: bool) -> _Collected:
         log_likelihood, sums = self._pass(given, into, self.centers if collect else None)
         if not collect:
-            return log_likelihood, sums, {}
+            return _Collected(log_likelihood, sums[:, -1], {})
         parts, better = self.block.collect(sums[:, :-1], sums[:, -1], self.centers)
         if better is not None:
             _, sums = self._pass(given, None, better)
             parts, _ = self.block.collect(sums[:, :-1], sums[:, -1], better)
-        return log_likelihood, sums[:, -1], parts
+        return _Collected(log_likelihood, sums[:, -1], parts)
 
     def _pass(self, given: Array | None, into: Posterior | None, centers: Array | None) -> tuple[float, Array]:
         """Go through all blocks; with `centers` (K, D), sum the features about them."""
@@ -398,7 +412,7 @@ class _Expectation:
         n_features = self.theta.shape[1]
         size = min(LARGEST_BLOCK, max(USUAL_BLOCK, NEAR_FEATURES // n_features), max(1, MOST_FEATURES // n_features))
         size = 1 << (size.bit_length() - 1)
-        own = self.own
+        own = self.direct
         if centers is not None and centers is not self.centers:
             own = np.flatnonzero((centers != self.center).any(axis=1))
         if n_events <= size:
@@ -429,8 +443,8 @@ class _Expectation:
         features = _workspace("features", self.theta.shape[1], size)
         features[-1] = 1.0
         shares = _workspace("shares", self.n_components, size)
-        sums = np.zeros(self.theta.shape)
-        block_sums = np.empty(self.theta.shape)
+        total = np.zeros(self.theta.shape)
+        sums = total if stop - start <= size else np.empty(self.theta.shape)
         log_likelihood = 0.0
         weight = self.batch.weight
         for first in range(start, stop, size):
@@ -440,8 +454,8 @@ class _Expectation:
             self._write_features(span, self.center, features)
             if given is None:
                 np.matmul(self.theta, features, out=shares)
-                for component in self.own:
-                    shares[component] = self.theta[component] @ self._features_about(span, self.centers[component])
+                for component in self.direct:
+                    shares[component] = self._log_joint(span, component)
                 log_likelihood += self._normalize(shares, span, into)
             else:
                 np.copyto(shares, given[:, span])
@@ -449,11 +463,18 @@ class _Expectation:
                 continue
             if weight is not None:
                 shares *= weight[span]
-            np.matmul(shares, features.T, out=block_sums)
+            np.matmul(shares, features.T, out=sums)
             for component in own:
-                block_sums[component] = self._features_about(span, centers[component]) @ shares[component]
-            sums += block_sums
-        return log_likelihood, sums
+                sums[component] = self._features_about(span, centers[component]) @ shares[component]
+            if sums is not total:
+                total += sums
+        return log_likelihood, total
+
+    def _log_joint(self, span: slice, component: int) -> Array:
+        observed = None if self.mask is None else self.mask[:, span]
+        density = self.block.log_density(self.batch.values[:, span], observed, component)
+        density += self.log_weights[component]
+        return density
 
     def _normalize(self, shares: Array, span: slice, into: Posterior | None) -> float:
         """Turn log-joints into responsibilities in place; return the log-likelihood of the block."""
