@@ -332,6 +332,7 @@ class OnlineEM(FittedMixture):
         self._buffer: list[Batch] = []
         self._total_weight = 0.0
         self._n_updates = 0
+        self._unseen: tuple[int, ...] = ()
 
     def _progress_text(self) -> str:
         return f", {self.n_events:,} events" + (", warming up" if self.warming_up else "")
@@ -510,6 +511,7 @@ class OnlineEM(FittedMixture):
         self.statistics = self._expected(bound, start, seen, None)
         self._iterate = bound.m_step(self.statistics)
         self._parameters = self._iterate
+        self._unseen = tuple(np.flatnonzero(np.isnan(seen.values).all(axis=1)).tolist())
         self.origin = _origin(start)
         self._buffer = []
 
@@ -534,6 +536,8 @@ class OnlineEM(FittedMixture):
 
     def _step(self, bound: Mixture, piece: Batch, predictions: list[Prediction] | None) -> None:
         assert self._iterate is not None
+        if self._unseen:
+            self._settle(bound, piece)
         new = self._expected(bound, self._iterate, piece, predictions)
         weight = piece.total_weight
         self.n_events += piece.n_events
@@ -553,6 +557,15 @@ class OnlineEM(FittedMixture):
         if self.averaging:
             self._average = self._average.include(self._iterate, self._n_updates)
         self._parameters = self._average.value if self.averaging else self._iterate
+
+    def _settle(self, bound: Mixture, piece: Batch) -> None:
+        """Take in fields that had no value in the warm-up, if they have one now."""
+        unseen = np.array(self._unseen, dtype=np.intp)
+        absent = np.logical_and.reduce(np.isnan(piece.values[unseen]), axis=1)
+        if not absent.all() and self.statistics is not None:
+            self._unseen = tuple(unseen[absent].tolist())
+            self.statistics = self.model.settle(self.statistics, unseen[~absent], piece)
+            self._iterate = self._parameters = bound.m_step(self.statistics)
 
     def merge(self, other: OnlineEM) -> OnlineEM:
         """Return a learner that has learned what both have; neither is changed.
@@ -575,6 +588,7 @@ class OnlineEM(FittedMixture):
         merged.origin = self.origin
         merged._total_weight = self._total_weight + other._total_weight
         merged._n_updates = self._n_updates + other._n_updates
+        merged._unseen = tuple(position for position in self._unseen if position in other._unseen)
         if merged.statistics is not None:
             merged._iterate = merged._parameters = merged._bound_model().m_step(merged.statistics)
         return merged
@@ -594,6 +608,7 @@ class OnlineEM(FittedMixture):
             raise NotFittedError("a learner that is still warming up has no components to share with a fork")
         fork = self._like(schema=self._known_schema(), initial_parameters=self.parameters)
         fork.origin = self.origin
+        fork._unseen = self._unseen
         return fork
 
     def _like(self, **more: Any) -> Self:

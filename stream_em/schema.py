@@ -824,15 +824,25 @@ def _check_time(time: npt.ArrayLike | None, n_events: int, errors: dict[int, Eve
         return None
     moments = np.asarray(time)
     if moments.dtype.kind in "OU":
-        # datetime objects, with or without a zone, and ISO 8601 text; numbers pass through unchanged.
-        with suppress(pa.ArrowException):
-            moments = pa.array(moments.ravel().tolist()).cast(pa.timestamp("us")).to_numpy(zero_copy_only=False)
+        moments = _from_dates(moments)
     if moments.dtype.kind == "M":
         moments = (moments - np.datetime64(0, "s")) / np.timedelta64(1, "s")
     times = _per_event("time", moments, n_events)
     for index in np.flatnonzero(~np.isfinite(times)).tolist():
         errors.setdefault(index, EventError(index, "time", float(times[index]), "a finite event time"))
     return times
+
+
+def _from_dates(moments: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return datetime objects, with or without a zone, and ISO 8601 text as datetime64; anything else unchanged."""
+    with suppress(pa.ArrowException):
+        given = pa.array(moments.ravel().tolist())
+        if pa.types.is_timestamp(given.type) or pa.types.is_string(given.type):
+            for stamp in (pa.timestamp("us", "UTC"), pa.timestamp("us")):
+                with suppress(pa.ArrowException):
+                    dates: npt.NDArray[Any] = given.cast(stamp).cast(pa.timestamp("us")).to_numpy(zero_copy_only=False)
+                    return dates
+    return moments
 
 
 def _per_event(what: str, given: npt.ArrayLike, n_events: int) -> Array:

@@ -265,7 +265,7 @@ class Source:
         self._limit = limit
         self._started = False
         self.name = reader.name
-        self.paths = tuple(reader.paths)
+        self.paths = () if reader.live else tuple(reader.paths)
         self.left_out = tuple(left_out)
         self.columnar = reader.columnar
         self.restartable = reader.restartable
@@ -936,11 +936,13 @@ def _reading(path: str, what: str | None = None) -> Iterator[None]:
     except SourceError:
         raise
     except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as error:
-        if "straddling object" in str(error):
-            raise SourceError(
-                f"{path}: an event is longer than {_CSV_BLOCK:,} bytes, which is the most for CSV; a quote may have "
-                "been left open"
-            ) from error
+        # How Arrow, for files, and the parser of live streams say it.
+        for sign, most in (("straddling object", _CSV_BLOCK), ("field limit", csv.field_size_limit())):
+            if sign in str(error):
+                raise SourceError(
+                    f"{path}: an event is longer than {most:,} bytes, which is the most here; a quote may have been "
+                    "left open"
+                ) from error
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         problem = f"read as {what}, it may be truncated or damaged" if what else "loaded"
         raise SourceError(f"{path}: cannot be {problem} ({first})") from error

@@ -270,6 +270,7 @@ def _state_of(learner: Learner) -> tuple[dict[str, Any], Arrays]:
         "schedule": _specification_of_schedule(learner.schedule),
         "total_weight": learner._total_weight,
         "n_updates": learner._n_updates,
+        "unseen": list(learner._unseen),
         "n_averaged": [learner._average.n_reported, learner._average.n_running],
     }
     for name, parameters in (
@@ -356,12 +357,15 @@ def _learner_of(header: dict[str, Any], arrays: Arrays) -> Learner:
         learner._parameters = _parameters_of(learner, arrays, "parameters")
     elif header["kind"] == "OnlineEM":
         total_weight, n_updates = _finite(options.pop("total_weight")), _whole(options.pop("n_updates"))
+        unseen = tuple(_whole(position) for position in options.pop("unseen"))
+        if unseen and (schema is None or max(unseen) >= len(schema)):
+            raise ValueError(f"fields without a value are at positions {unseen}, which do not exist")
         n_reported, n_running = (_whole(count) for count in options.pop("n_averaged"))
         schedule = dict(options.pop("schedule"))
         learner = OnlineEM(model, schedule=SCHEDULES[schedule.pop("kind")](**schedule), schema=schema, **options)
         if total_weight < 0.0:
             raise ValueError(f"the total weight must be >= 0, got {total_weight}")
-        learner._total_weight, learner._n_updates = total_weight, n_updates
+        learner._total_weight, learner._n_updates, learner._unseen = total_weight, n_updates, unseen
         learner._iterate = _parameters_of(learner, arrays, "iterate")
         learner._average = _Average(
             _parameters_of(learner, arrays, "reported"),

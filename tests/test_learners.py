@@ -1013,3 +1013,18 @@ def test_nearly_collinear_fields_keep_their_precision() -> None:
     expected = -0.5 * (along**2 / (2 + 2 * correlation) + across**2 / (2 - 2 * correlation))
     expected -= 0.5 * math.log((1 - correlation) * (1 + correlation)) + math.log(2 * math.pi)
     np.testing.assert_allclose(fitted.log_prob(events), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["full", "tied", "diag"])
+def test_a_field_without_a_value_in_the_warm_up_is_taken_in_when_it_comes(kind: Any) -> None:
+    generator = np.random.default_rng(4)
+    early = np.c_[generator.normal(size=400), np.full(400, np.nan)]
+    late = np.c_[generator.normal(size=2_000), generator.normal(1e6, 2.0, 2_000)]
+    learner = OnlineEM(Mixture(Gaussian(kind), 1), schedule=Harmonic()).update(early)
+    learner = from_bytes(to_bytes(learner))  # type: ignore[assignment]
+    learner.update(late)
+    mean, deviation = learner.marginals()
+    assert mean[0, 1] == pytest.approx(1e6, abs=0.5)
+    assert deviation[0, 1] == pytest.approx(2.0, rel=0.1)
+    # The entropy of two independent normals with deviations 1 and 2.
+    assert learner.log_prob(late).mean() == pytest.approx(-(math.log(2 * math.pi) + 1 + math.log(2)), abs=0.1)

@@ -3,46 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
-from stream_em import (
-    BatchEM,
-    Bernoulli,
-    Categorical,
-    Constant,
-    Exponential,
-    Gaussian,
-    HalfLife,
-    Harmonic,
-    Mixture,
-    OnlineEM,
-    Poisson,
-    Product,
-    RobbinsMonro,
-    Schema,
-)
-from stream_em.cli.config import (
-    Config,
-    ConfigError,
-    ConstantSection,
-    HalfLifeSection,
-    HarmonicSection,
-    LearnerSection,
-    ModelSection,
-    SourceSection,
-)
+from stream_em import BatchEM, Gaussian, Mixture, OnlineEM, Product, Schema
+from stream_em.cli.config import Config, ConfigError, ModelSection, SourceSection
+from stream_em.families import BY_NAME, NAMES, OF_KIND
 from stream_em.families.base import Family
+from stream_em.families.gaussian import CovarianceType
 from stream_em.schema import Field
 from stream_em.sources import Rows, Source, open_source
-
-_FAMILY_OF_KIND = {
-    "numeric": "gaussian",
-    "category": "categorical",
-    "flag": "bernoulli",
-    "count": "poisson",
-    "duration": "exponential",
-}
 
 
 def make_source(section: SourceSection, **known: Any) -> Source:
@@ -80,13 +49,6 @@ def make_schema(config: Config, events: Rows) -> Schema:
 
 def make_model(section: ModelSection, schema: Schema) -> Mixture:
     """Return the mixture, with a family for each field of the schema."""
-    makers: dict[str, Callable[[], Family]] = {
-        "gaussian": lambda: Gaussian(section.covariance_type),
-        "categorical": Categorical,
-        "bernoulli": Bernoulli,
-        "poisson": Poisson,
-        "exponential": Exponential,
-    }
     for name in section.families:
         if name not in schema.names:
             raise ConfigError(
@@ -94,9 +56,11 @@ def make_model(section: ModelSection, schema: Schema) -> Mixture:
             )
     groups: dict[str, list[str]] = {}
     for field in schema.fields:
-        family = section.families.get(field.name, _FAMILY_OF_KIND[field.kind])
+        family = section.families.get(field.name, NAMES[OF_KIND.get(field.kind, Gaussian)])
         groups.setdefault(section.family if section.family != "auto" else family, []).append(field.name)
-    families: dict[str | tuple[str, ...], Family] = {tuple(names): makers[family]() for family, names in groups.items()}
+    families: dict[str | tuple[str, ...], Family] = {
+        tuple(names): _make_family(family, section.covariance_type) for family, names in groups.items()
+    }
     if len(families) > 1 and schema.unknown == "add":
         raise ConfigError(
             "schema.unknown: add needs a model with one family for all fields, and these fields have several: "
@@ -114,7 +78,7 @@ def make_online(config: Config, schema: Schema) -> OnlineEM:
     section = config.learner
     return OnlineEM(
         make_model(config.model, schema),
-        schedule=make_schedule(section),
+        schedule=section.schedule.make(),
         schema=schema,
         batch_size=section.batch_size,
         warm_up=section.warm_up,
@@ -136,16 +100,8 @@ def make_batch(config: Config, schema: Schema) -> BatchEM:
     )
 
 
-def make_schedule(section: LearnerSection) -> Harmonic | RobbinsMonro | Constant | HalfLife:
-    """Return the step sizes."""
-    schedule = section.schedule
-    if isinstance(schedule, HarmonicSection):
-        return Harmonic()
-    if isinstance(schedule, ConstantSection):
-        return Constant(schedule.value)
-    if isinstance(schedule, HalfLifeSection):
-        return HalfLife(schedule.half_life)
-    return RobbinsMonro(schedule.alpha, schedule.offset)
+def _make_family(name: str, covariance_type: CovarianceType) -> Family:
+    return Gaussian(covariance_type) if name == NAMES[Gaussian] else BY_NAME[name]()
 
 
 def _typical(events: list[dict[str, Any]]) -> dict[str, Any]:

@@ -6,17 +6,22 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from stream_em.schedules import Constant, HalfLife, Harmonic, RobbinsMonro, Schedule
+from stream_em.schema import Kind
 from stream_em.sources import STANDARD_INPUT
 
-Kind = Literal["numeric", "category", "flag", "count", "duration"]
 FamilyName = Literal["gaussian", "categorical", "bernoulli", "poisson", "exponential"]
+
+
+# Far more than any key needs, far less than what Python can follow.
+_DEEPEST = 50
 
 
 class ConfigError(ValueError):
@@ -26,7 +31,9 @@ class ConfigError(ValueError):
 class Section(BaseModel):
     """Base of the sections: unknown keys are refused and values are not converted behind the user's back."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class SourceSection(Section):
@@ -74,13 +81,13 @@ class SchemaSection(Section):
 class ModelSection(Section):
     """The mixture model."""
 
-    family: Literal["auto", "gaussian", "categorical", "bernoulli", "poisson", "exponential"] = "auto"
+    family: Literal["auto", FamilyName] = "auto"
     """Family of all fields, or `auto`: by the kind of each field, numeric fields jointly."""
     families: dict[str, FamilyName] = {}
     """Families of single fields, where `auto` should not choose."""
     covariance_type: Literal["full", "tied", "diag", "spherical"] = "full"
     """Shape of the covariances of Gaussian components."""
-    n_components: Annotated[int, Field(ge=1)] = 8
+    n_components: Annotated[int, Field(ge=1, le=10_000)] = 8
     """Number of components."""
     prior_weight: Annotated[float, Field(gt=0.0)] | None = None
     """Pseudo-events that the prior is worth in each component; left out, the library's default."""
@@ -88,35 +95,54 @@ class ModelSection(Section):
     """Whether an event is shared among components (EM) or given to one of them (as in k-means)."""
 
 
-class HarmonicSection(Section):
+class _ScheduleSection(Section):
+    """Base of the schedules: their options are those of the library's class, which knows their ranges."""
+
+    library: ClassVar[type[Schedule]]
+
+    def make(self) -> Schedule:
+        """Return the schedule."""
+        return self.library(**self.model_dump(exclude={"kind"}))
+
+    @model_validator(mode="after")
+    def _in_range(self) -> Self:
+        self.make()
+        return self
+
+
+class HarmonicSection(_ScheduleSection):
     """Step size 1/t: every event counts the same for ever."""
 
+    library = Harmonic
     kind: Literal["harmonic"]
 
 
-class RobbinsMonroSection(Section):
+class RobbinsMonroSection(_ScheduleSection):
     """Step size (t + offset)^-alpha."""
 
+    library = RobbinsMonro
     kind: Literal["robbins_monro"]
-    alpha: Annotated[float, Field(gt=0.5, le=1.0)] = 0.6
+    alpha: float = RobbinsMonro.alpha
     """Decay of the step size."""
-    offset: Annotated[float, Field(ge=0.0)] = 0.0
+    offset: float = RobbinsMonro.offset
     """Batches added to the count: larger means smaller first steps."""
 
 
-class ConstantSection(Section):
+class ConstantSection(_ScheduleSection):
     """The same step size for ever, to follow drift."""
 
+    library = Constant
     kind: Literal["constant"]
-    value: Annotated[float, Field(gt=0.0, lt=1.0)]
+    value: float
     """Weight of each new batch."""
 
 
-class HalfLifeSection(Section):
+class HalfLifeSection(_ScheduleSection):
     """An event's weight halves every `half_life` of event time."""
 
+    library = HalfLife
     kind: Literal["half_life"]
-    half_life: Annotated[float, Field(gt=0.0)]
+    half_life: float
     """In the units of `source.time`: seconds for timestamps."""
 
 
@@ -136,7 +162,7 @@ class LearnerSection(Section):
     """Events collected before the first components are made; left out, the library's default."""
     averaging: bool = False
     """Whether `run` averages the parameters over the second half of the stream."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Seed of every random choice."""
     max_iter: Annotated[int, Field(ge=1)] = 100
     """Most passes over the source that `fit` makes."""
@@ -174,9 +200,11 @@ class OutputSection(Section):
     @model_validator(mode="after")
     def _distinct(self) -> OutputSection:
         names = [self.scored_events, self.snapshot, self.picture, self.quarantine]
-        given = [name for name in names if name is not None]
-        if len(set(given)) < len(given):
-            raise ValueError("expected a different file name for each output")
+        if "" in names:
+            raise ValueError("expected file names of at least one character, or null for none")
+        files = [Path(self.folder, name).resolve() for name in names if name is not None]
+        if len(set(files)) < len(files):
+            raise ValueError("expected a different file for each output")
         return self
 
 
@@ -281,7 +309,31 @@ def _override(content: dict[str, Any], text: str) -> tuple[str, ...]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML, with two traps closed: `1e-3` is a number, and a key that stands twice is an error."""
+    """Safe YAML with its traps closed.
+
+    `1e-3` is a number. A key that stands twice is an error, and so are aliases, by which a short file stands for
+    a huge one, and nesting without end.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(
+                None, None, f"aliases (*{event.anchor}) are not accepted; write the value out", event.start_mark
+            )
+        if self._depth == _DEEPEST:
+            raise yaml.composer.ComposerError(
+                None, None, f"values are nested more than {_DEEPEST} deep", event.start_mark
+            )
+        self._depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()

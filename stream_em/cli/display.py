@@ -61,6 +61,8 @@ class Progress:
 
 def say(console: Console, text: str, style: str | None = None) -> None:
     """Print a line as it is: paths and values are not markup, and are not wrapped when piped."""
+    # Data may hold what has no UTF-8 (an unpaired surrogate).
+    text = text.encode("utf-8", "backslashreplace").decode()
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 

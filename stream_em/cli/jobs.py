@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,11 +19,11 @@ from rich.console import Console
 
 from stream_em import Batch, BatchEM, EventError, FamilyError, NotFittedError, OnlineEM, Schema, load, save
 from stream_em.cli.build import chunk_rows, make_batch, make_online, make_schema, make_source
-from stream_em.cli.config import Config, SourceSection
+from stream_em.cli.config import Config, ConfigError, SourceSection
 from stream_em.cli.display import Progress, component_table, say
-from stream_em.cli.outputs import PendingFile, Quarantine, ScoredEvents
+from stream_em.cli.outputs import PendingFile, Quarantine, ScoredEvents, is_quarantine, is_scored
 from stream_em.cli.ranking import RankingScore
-from stream_em.sources import Chunk, Rejection, Rows, Source, SourceError
+from stream_em.sources import Chunk, Rejection, Rows, Source, SourceError, same_file
 
 # Points of the history that the picture draws; more would not be seen.
 _MOST_POINTS = 512
@@ -33,11 +33,20 @@ class DataError(ValueError):
     """Events that cannot be used, found by a job."""
 
 
-def run(config: Config, console: Console) -> None:
-    """Score each batch of events, then learn from it; write scores, snapshot, picture and quarantine."""
+def run(config: Config, console: Console, *, read: Sequence[Path] = ()) -> None:
+    """Score each batch of events, then learn from it; write scores, snapshot, picture and quarantine.
+
+    Files that were `read` for the configuration are not overwritten, nor are those of the source.
+    """
     output = config.output
     folder = Path(output.folder)
-    source = make_source(config.source, fields=config.fields_.fields)
+    source = _source(
+        config,
+        console,
+        read,
+        (output.scored_events, output.snapshot, output.picture, output.quarantine),
+        fields=config.fields_.fields,
+    )
     if output.picture is not None:
         # To learn at the end of a long run that no picture can be drawn would be too late.
         _plots()
@@ -46,6 +55,7 @@ def run(config: Config, console: Console) -> None:
     learner: OnlineEM | None = None
     scored: ScoredEvents | None = None
     n_learned = 0
+    warm_up = _WarmUp()
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         quarantine = stack.enter_context(Quarantine(folder / output.quarantine))
@@ -63,8 +73,8 @@ def run(config: Config, console: Console) -> None:
                 span = slice(start, start + config.learner.batch_size)
                 batch = _encode(learner, chunk, span, quarantine, config, learning=True)
                 if batch.n_events:
-                    # The events of the warm-up are scored under no mixture yet; their scores rate nothing.
-                    n_warm = learner.warm_up - n_learned if learner.warming_up else 0
+                    # There is no mixture yet to score the events of the warm-up.
+                    n_warm = warm_up.count(learner, batch)
                     try:
                         prediction = learner.predict_then_update(batch)
                     except FamilyError as error:
@@ -72,7 +82,7 @@ def run(config: Config, console: Console) -> None:
                             f"{source.name}: a new field came after {n_learned:,} events and the model cannot take it "
                             f"({error}); declare it in schema.fields, or set schema.unknown=ignore"
                         ) from error
-                    parts.add(start, batch, prediction, keep_responsibilities=output.responsibilities)
+                    parts.add(start, batch, prediction, keep_responsibilities=output.responsibilities, n_warm=n_warm)
                     ranking.add(chunk.label, parts.kept[-1][n_warm:], prediction.log_prob[n_warm:])
                     n_learned += batch.n_events
                     history.add(n_learned, prediction.log_prob[n_warm:], learner)
@@ -100,7 +110,7 @@ def run(config: Config, console: Console) -> None:
         say(
             console,
             f"the source ended within the warm-up of {learner.warm_up:,} events: the components were made from all "
-            "of them, after they were scored; fit or a smaller learner.warm_up suits so few events better",
+            "of them at the end, and none has a score; fit or a smaller learner.warm_up suits so few events better",
             "yellow",
         )
     if stop.requested:
@@ -115,16 +125,26 @@ def run(config: Config, console: Console) -> None:
         f"mean log-likelihood {history.shown_mean}, effective components {learner.effective_components:.2f}",
         "bold",
     )
+    if scored is not None:
+        say(
+            console,
+            f"{warm_up.n_events:,} events came within the warm-up, before there was a mixture: their component and "
+            "log_prob are null",
+        )
     _report(console, learner, quarantine, None if scored is None else scored.left_out)
     ranking.report(console)
     _list_files(console, written)
 
 
-def fit(config: Config, console: Console) -> None:
-    """Fit by batch EM, reading the source once for each iteration; write the snapshot and a picture."""
+def fit(config: Config, console: Console, *, read: Sequence[Path] = ()) -> None:
+    """Fit by batch EM, reading the source once for each iteration; write the snapshot and a picture.
+
+    Files that were `read` for the configuration are not overwritten, nor are those of the source.
+    """
     output = config.output
     folder = Path(output.folder)
-    source = make_source(config.source, fields=config.fields_.fields)
+    written_names = (output.snapshot, output.picture, output.quarantine)
+    source = _source(config, console, read, written_names, fields=config.fields_.fields)
     if not source.restartable:
         raise SourceError(
             f"{source.name}: fit reads its source once for each iteration, and this one can be read only "
@@ -189,16 +209,20 @@ def fit(config: Config, console: Console) -> None:
     _list_files(console, written)
 
 
-def score(snapshot: Path, config: Config, console: Console) -> None:
-    """Score a source with a learned model, without learning from it."""
+def score(snapshot: Path, config: Config, console: Console, *, read: Sequence[Path] = ()) -> None:
+    """Score a source with a learned model, without learning from it.
+
+    Neither the snapshot nor files of the source nor those that were `read` for the configuration are overwritten.
+    """
     output = config.output
     if output.scored_events is None:
         raise DataError("score has nothing to write: output.scored_events is null")
-    learner = load(snapshot)
+    learner = load_learner(snapshot)
     if learner.schema is None:
         raise DataError(f"{snapshot}: the model has not seen any event and knows no fields")
     kinds = {field.name: field.kind for field in learner.schema.fields}
-    source = make_source(config.source, fields=kinds, only=learner.schema.names)
+    written = (output.scored_events, output.quarantine)
+    source = _source(config, console, [snapshot, *read], written, fields=kinds, only=learner.schema.names)
     ranking = _Ranking(config.source)
     total = 0.0
     folder = Path(output.folder)
@@ -239,6 +263,62 @@ def score(snapshot: Path, config: Config, console: Console) -> None:
     _report_counts(console, quarantine, scored.left_out, {})
     ranking.report(console)
     _list_files(console, [scored.path, *([quarantine.path] if quarantine.count else [])])
+
+
+def load_learner(path: Path) -> OnlineEM | BatchEM:
+    """Return the learner that a snapshot holds."""
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder, not a snapshot; name the .arrow file in it")
+    if not path.exists():
+        raise DataError(f"{path}: there is no such file; a snapshot is what run, fit and merge write")
+    return load(path)
+
+
+def _source(
+    config: Config, console: Console, read: Sequence[Path], written: Sequence[str | None], **known: Any
+) -> Source:
+    """Open the source, and refuse outputs that would overwrite what is read."""
+    output = config.output
+    folder = Path(output.folder)
+    own = []
+    if output.scored_events is not None and is_scored(folder / output.scored_events, output.prefix):
+        own.append(folder / output.scored_events)
+    if is_quarantine(folder / output.quarantine):
+        own.append(folder / output.quarantine)
+    source = make_source(config.source, leave_out=own, **known)
+    for path in (folder / name for name in written if name is not None):
+        if path.is_dir():
+            raise ConfigError(f"{path}: is a folder, and the name of a file is needed to write to")
+        if not path.exists():
+            continue
+        for other in (*map(Path, source.paths), *read):
+            if same_file(path, other):
+                raise ConfigError(
+                    f"{path}: is read by this job and would be overwritten; give the output another folder or name"
+                )
+    if source.left_out:
+        say(console, f"not read, since this job writes them: {', '.join(source.left_out)}", "yellow")
+    return source
+
+
+class _WarmUp:
+    """How many events came before there was a mixture."""
+
+    def __init__(self) -> None:
+        self.n_events = 0
+        self._n_told = 0
+
+    def count(self, learner: OnlineEM, batch: Batch) -> int:
+        """Events at the start of a batch, about to be learned, that belong to the warm-up."""
+        if not learner.warming_up:
+            return 0
+        # An event without weight is scored, but it brings the end of the warm-up no nearer.
+        told = np.ones(batch.n_events, bool) if batch.weight is None else batch.weight > 0.0
+        n_told_before = self._n_told + np.cumsum(told) - told
+        self._n_told += int(np.count_nonzero(told))
+        n_warm = int(np.count_nonzero(n_told_before < learner.warm_up))
+        self.n_events += n_warm
+        return n_warm
 
 
 class StopRequest:
@@ -299,9 +379,11 @@ class _Parts:
         self._component: list[npt.NDArray[np.int64]] = []
         self._log_prob: list[npt.NDArray[np.float64]] = []
         self._responsibilities: list[npt.NDArray[np.float64]] = []
+        self._unknown: list[npt.NDArray[np.bool_]] = []
         self._gaps = False
 
-    def add(self, start: int, batch: Batch, prediction: Any, *, keep_responsibilities: bool) -> None:
+    def add(self, start: int, batch: Batch, prediction: Any, *, keep_responsibilities: bool, n_warm: int = 0) -> None:
+        self._unknown.append(np.arange(batch.n_events) < n_warm)
         if batch.accepted is None:
             self.kept.append(np.arange(start, start + batch.n_events))
         else:
@@ -324,6 +406,7 @@ class _Parts:
             np.concatenate(self._log_prob),
             np.concatenate(self._responsibilities) if self._responsibilities else None,
             learner.parameters.component_ids.tolist(),
+            np.concatenate(self._unknown),
         )
 
 

@@ -28,12 +28,12 @@ from stream_em import (
     NotFittedError,
     SchemaError,
     SnapshotError,
-    load,
     save,
 )
 from stream_em.cli import jobs
 from stream_em.cli.display import component_table, facts_table, say
-from stream_em.sources import SourceError
+from stream_em.cli.outputs import OutputError
+from stream_em.sources import SourceError, same_file
 
 # Usage errors, which Typer reports, leave with 2 as well.
 EXIT_DATA = 1
@@ -48,7 +48,7 @@ _DATA_ERRORS = (
     MergeError,
     NotFittedError,
     jobs.DataError,
-    OSError,
+    OutputError,
 )
 
 
@@ -116,7 +116,7 @@ def run(config: ConfigFile, overrides: Overrides = None) -> None:
     Writes the scored events, a snapshot of the model, a picture, and the events that could not be used.
     Ctrl-C finishes the batch in hand and writes everything.
     """
-    jobs.run(load_config(config, overrides or []), Console())
+    jobs.run(load_config(config, overrides or []), Console(), read=[config])
 
 
 @app.command(
@@ -132,7 +132,7 @@ def fit(config: ConfigFile, overrides: Overrides = None) -> None:
     Writes a snapshot, a picture, and the events that could not be used. Memory does not depend on the number
     of events.
     """
-    jobs.fit(load_config(config, overrides or []), Console())
+    jobs.fit(load_config(config, overrides or []), Console(), read=[config])
 
 
 @app.command(
@@ -164,7 +164,8 @@ def score(
 
     Columns that the model does not know are carried along.
     """
-    jobs.score(snapshot, _score_config(source, overrides or [], output), Console())
+    read = [Path(source)] if _is_config(source) else []
+    jobs.score(snapshot, _score_config(source, overrides or [], output), Console(), read=read)
 
 
 @app.command(epilog=_epilog(("The demo's model", "stream-em show output/shuttle/model.arrow")))
@@ -173,7 +174,7 @@ def show(
     fields: Annotated[int, typer.Option("--fields", "-n", min=1, help="Fields to list per component.")] = 4,
 ) -> None:
     """Show the components of a learned model: id, weight, and the fields that set each apart."""
-    learner = load(snapshot)
+    learner = jobs.load_learner(snapshot)
     schema = learner.schema
     console = Console()
     facts: list[tuple[str, Any]] = [
@@ -202,10 +203,12 @@ def plot(
     ] = None,
 ) -> None:
     """Draw the components of a learned model."""
-    learner = load(snapshot)
+    learner = jobs.load_learner(snapshot)
     path = output or snapshot.with_suffix(".png")
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"--output {path}: expected a name ending in .png, .svg or .pdf")
+    if same_file(path, snapshot):
+        raise ConfigError(f"{path}: is the snapshot and would be overwritten; name the picture with --output")
     jobs.draw_learner(learner, path)
     say(Console(), f"wrote {path}")
 
@@ -232,9 +235,9 @@ def merge(
     if len(snapshots) < 2:
         raise ConfigError("merge needs two snapshots or more")
     # A learner merges with its own kind and says so otherwise.
-    merged: Any = load(snapshots[0])
+    merged: Any = jobs.load_learner(snapshots[0])
     for path in snapshots[1:]:
-        other = load(path)
+        other = jobs.load_learner(path)
         try:
             merged = merged.merge(other)
         except (MergeError, SchemaError) as error:
@@ -266,12 +269,16 @@ def _global(
 
 
 def _score_config(source: str, overrides: list[str], output: Path | None) -> Config:
-    if Path(source).suffix in (".yaml", ".yml"):
+    if _is_config(source):
         chosen = [] if output is None else _chosen(output)
         return load_config(source, [*overrides, *chosen])
     origin = {"river": source.removeprefix("river:")} if source.startswith("river:") else {"path": source}
     content = {"source": origin, "output": {"folder": "."}}
     return check_config(content, [*overrides, *([] if output is None else _chosen(output))])
+
+
+def _is_config(source: str) -> bool:
+    return Path(source).suffix in (".yaml", ".yml")
 
 
 def _chosen(output: Path) -> list[str]:
@@ -303,5 +310,8 @@ def main() -> None:
         sys.exit(EXIT_DATA)
     except _DATA_ERRORS as error:
         _fail(error, EXIT_DATA)
+    except OSError as error:
+        place = "" if error.filename is None else f"{error.filename}: "
+        _fail(f"{place}{error.strerror or error}", EXIT_DATA)
     except KeyboardInterrupt:
         _fail("interrupted; nothing was written", EXIT_INTERRUPTED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,30 +25,98 @@ from stream_em.sources import Chunk, Rejection, SourceError
 ROW_GROUP = 65_536
 
 
+class OutputError(ValueError):
+    """A file that cannot be written."""
+
+
 class PendingFile:
-    """A file that gets its name only by `commit`.
+    """A file that gets its name only by `commit`; until then no other job can write it.
 
     Attributes
     ----------
     path
         The name it will have.
     pending
-        The name it has until then, in the same folder and with the same suffix.
+        The name it has until then, in the same folder and with the same suffix. It is always the same name, so
+        that what a killed job left behind is replaced by the next.
+
+    Raises
+    ------
+    OutputError
+        When another job is writing the file.
 
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.pending = self.path.with_name(f".{os.getpid()}-{self.path.name}")
+        self.pending = self.path.with_name(f".pending-{self.path.name}")
+        self._lock = _lock(self.pending)
+        self._open = True
 
     def commit(self) -> None:
         """Give the file its name, replacing an older one."""
         self.pending.replace(self.path)
+        self._release()
 
     def discard(self) -> None:
-        """Remove the file, if it is there."""
-        self.pending.unlink(missing_ok=True)
+        """Remove the file, unless it has its name."""
+        if self._open:
+            self.pending.unlink(missing_ok=True)
+            self._release()
+
+    def _release(self) -> None:
+        self._open = False
+        if self._lock is not None:
+            os.close(self._lock)
+
+
+def _lock(path: Path) -> int | None:
+    """Create a file and lock it until the descriptor is closed or the process ends, however it ends."""
+    if sys.platform == "win32":
+        return None
+    from fcntl import LOCK_EX, LOCK_NB, flock
+
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            flock(descriptor, LOCK_EX | LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise OutputError(
+                f"{path.with_name(path.name.removeprefix('.pending-'))}: another job is writing this file now; wait "
+                "for it, or set another output.folder"
+            ) from None
+        except OSError:
+            # The file system has no locks.
+            os.close(descriptor)
+            return None
+        try:
+            if os.fstat(descriptor).st_ino == path.stat().st_ino:
+                return descriptor
+        except FileNotFoundError:
+            pass
+        # The job that had the lock has just renamed or removed the file.
+        os.close(descriptor)
+
+
+def is_scored(path: Path, prefix: str) -> bool:
+    """Whether a file holds scored events, with the names that a job with this prefix gives the scores."""
+    try:
+        names = pq.read_schema(path).names
+    except (pa.ArrowException, OSError):
+        return False
+    return prefix + "component" in names and prefix + "log_prob" in names
+
+
+def is_quarantine(path: Path) -> bool:
+    """Whether a file holds events that could not be used, or nothing."""
+    try:
+        with path.open("rb") as stream:
+            line = stream.readline()
+        return not line or json.loads(line).keys() >= {"index", "source", "field", "value", "reason", "event"}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
 
 
 class Quarantine:
@@ -55,7 +124,8 @@ class Quarantine:
 
     def __init__(self, path: str | Path) -> None:
         self._file = PendingFile(path)
-        self._stream: IO[str] = self._file.pending.open("w", encoding="utf-8")
+        # Half a character (an unpaired surrogate) has no UTF-8; replaced like this, it is an escape of JSON.
+        self._stream: IO[str] = self._file.pending.open("w", encoding="utf-8", errors="backslashreplace")
         self.path = self._file.path
         self.count = 0
         self.reasons: Counter[str] = Counter()
@@ -72,7 +142,12 @@ class Quarantine:
             "reason": rejection.reason,
             "event": rejection.event,
         }
-        self._stream.write(json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n")
+        try:
+            text = json.dumps(_plain(record), ensure_ascii=False, allow_nan=False)
+        except RecursionError:
+            record |= dict.fromkeys(("value", "event"), "nested too deeply to be written")
+            text = json.dumps(_plain(record), ensure_ascii=False, allow_nan=False)
+        self._stream.write(text + "\n")
         self.count += 1
         self.reasons[f"{rejection.field}: {rejection.reason}" if rejection.field else rejection.reason] += 1
 
@@ -141,8 +216,12 @@ class ScoredEvents:
         log_prob: npt.NDArray[np.float64],
         responsibilities: npt.NDArray[np.float64] | None,
         component_ids: Sequence[int],
+        unknown: npt.NDArray[np.bool_] | None = None,
     ) -> None:
-        """Write the events of a chunk at the positions `kept`, with the model's answers (n,) for them."""
+        """Write the events of a chunk at the positions `kept`, with the model's answers (n,) for them.
+
+        Where `unknown` (n,) is true there was no mixture yet, and null is written for its answers.
+        """
         if len(log_prob) == 0:
             return
         if isinstance(chunk.rows, list):
@@ -162,7 +241,7 @@ class ScoredEvents:
                     f"{chunk.path_of(0)}: has a column {column!r} already; set output.prefix to write the "
                     "scores under other names"
                 )
-            rows = rows.append_column(column, pa.array(values))
+            rows = rows.append_column(column, pa.array(values, mask=unknown))
         self._waiting.append(rows)
         self._n_waiting += rows.num_rows
         self.count += rows.num_rows

@@ -152,6 +152,13 @@ class Family(ABC):
         so far are taken to have held where a joint family needs a value.
         """
 
+    def settle(self, parts: Parts, positions: npt.NDArray[np.intp], pooled: Any) -> Parts:
+        """Return statistics in which fields that had no value so far are taken to have held the pooled one.
+
+        Fields that depend on no other have no weight yet, so for them nothing changes.
+        """
+        return parts
+
     def covariance(self, parameters: Any, first: int, second: int) -> Array:
         """Return the covariance (K,) of two different fields in each component."""
         return np.zeros(len(self.moments(parameters)[0]))

@@ -564,6 +564,20 @@ class Gaussian(Family):
             scatter[:, diagonal, diagonal] = spread
         return {"moments": Moments(moments.weight, mean, scatter)}
 
+    def settle(self, parts: Parts, positions: npt.NDArray[np.intp], pooled: GaussianParameters) -> Parts:  # noqa: D102
+        moments = parts["moments"]
+        assert isinstance(moments, Moments)
+        if not self._is_joint:
+            return parts
+        mean, scatter = moments.mean.copy(), moments.scatter.copy()
+        pooled_mean, variance = self.moments(pooled)
+        mean[:, positions] = pooled_mean[:, positions]
+        scatter[..., positions, :] = 0.0
+        scatter[..., :, positions] = 0.0
+        spread = moments.weight[:, None] * variance[:, positions]
+        scatter[..., positions, positions] = spread.sum(axis=0) if moments.is_tied else spread
+        return {"moments": Moments(moments.weight, mean, scatter)}
+
     def arrays(self, parameters: GaussianParameters) -> dict[str, Array]:  # noqa: D102
         return {"mean": parameters.mean, "covariance": parameters.covariance}
 

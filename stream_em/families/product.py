@@ -255,6 +255,14 @@ class Product(Family):
             grown.update({f"{factor.name}/{name}": part for name, part in of_parts.items()})
         return grown
 
+    def settle(self, parts: Parts, positions: npt.NDArray[np.intp], pooled: tuple[Any, ...]) -> Parts:  # noqa: D102
+        settled: dict[str, Any] = {}
+        for factor, of_factor in zip(self._factors, pooled):
+            (within,) = np.nonzero(np.isin(factor.positions, positions))
+            of_parts = factor.family.settle(_parts_of(parts, factor), within, of_factor)
+            settled.update({f"{factor.name}/{name}": part for name, part in of_parts.items()})
+        return settled
+
     def arrays(self, parameters: tuple[Any, ...]) -> dict[str, Array]:  # noqa: D102
         return {
             f"{factor.name}/{name}": array

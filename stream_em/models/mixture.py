@@ -289,6 +289,15 @@ class Mixture:
             component_ids=statistics.component_ids.copy(),
         )
 
+    def settle(self, statistics: Statistics, positions: npt.NDArray[np.intp], batch: Batch) -> Statistics:
+        """Return the statistics once fields that had no value so far, at these positions, appear in `batch`.
+
+        Until then a joint family could only guess at them, and the guess would weigh as much as the past.
+        """
+        bound = self.bind(batch.schema)
+        parts = bound.family.settle(statistics.parts, positions, bound.pooled(batch).components)
+        return replace(statistics, parts={"components": statistics.parts["components"], **parts})
+
     def _expect(
         self,
         parameters: MixtureParameters,

@@ -1,5 +1,7 @@
-"""The command, run as a person runs it: real processes on real files."""
+"""The command, run as a person runs it, on real files; in a process of its own where that is the point."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -15,12 +17,13 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
 
-from stream_em import BatchEM, OnlineEM, RobbinsMonro, load
+from stream_em import BatchEM, OnlineEM, RobbinsMonro, load, save
+from stream_em.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 # This checkout, installed or not.
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"}
 COMMAND = [sys.executable, "-m", "stream_em.cli"]
 
 
@@ -49,19 +52,25 @@ SMALL = {"model": {"n_components": 3}, "learner": {"batch_size": 250, "warm_up":
 
 
 def stream_em(*arguments, cwd, given=None, code=0):
-    done = subprocess.run(
-        [*COMMAND, *map(str, arguments)],
-        cwd=cwd,
-        input=given,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    """Call the command in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    left = 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", ["stream-em", *map(str, arguments)])
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO((given or "").encode()))))
+        try:
+            main()
+        except SystemExit as ended:
+            left = ended.code or 0
+    done = subprocess.CompletedProcess(arguments, left, out.getvalue(), err.getvalue())
     assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
     return done
+
+
+def start(*arguments, cwd, **streams):
+    """Start the command as a process."""
+    return subprocess.Popen([*COMMAND, *map(str, arguments)], cwd=cwd, env=ENVIRONMENT, text=True, **streams)
 
 
 def write_job(folder, **sections):
@@ -101,12 +110,12 @@ class TestRun:
             "responsibility_2",
         ]
         responsibilities = np.array([scored[name] for name in scored.column_names[9:]])
-        np.testing.assert_allclose(responsibilities.sum(axis=0), 1.0)
         warm = 300
+        np.testing.assert_allclose(responsibilities[:, warm:].sum(axis=0), 1.0)
         np.testing.assert_array_equal(scored["component"].to_numpy()[warm:], responsibilities.argmax(axis=0)[warm:])
         # The cluster of the other country is found by the time the second half comes.
         french = np.array(scored["country"])[1500:] == "FR"
-        component = scored["component"].to_numpy()[1500:]
+        component = scored["component"][1500:].to_numpy()
         typical = np.bincount(component[french]).argmax()
         assert np.mean((component == typical) == french) > 0.95
 
@@ -121,8 +130,15 @@ class TestRun:
         ]
         scored = pq.read_table(folder / "output" / "scored.parquet")
         # The schema of the command counts "items" as numeric too: it is inferred from the same table.
-        np.testing.assert_allclose(scored["log_prob"].to_numpy(), np.concatenate(log_prob), rtol=1e-9)
+        np.testing.assert_allclose(scored["log_prob"].to_numpy()[300:], np.concatenate(log_prob)[300:], rtol=1e-9)
         np.testing.assert_allclose(saved.parameters.weights, learner.parameters.weights, rtol=1e-9)
+
+    def test_events_of_the_warm_up_have_no_score_and_are_counted(self, ran):
+        folder, done = ran
+        assert "300 events came within the warm-up" in done.stdout
+        scored = pq.read_table(folder / "output" / "scored.parquet")
+        for name in scored.column_names[7:]:
+            assert np.flatnonzero(scored[name].is_null()).tolist() == list(range(300)), name
 
     def test_the_label_only_rates_the_score(self, ran):
         folder, done = ran
@@ -222,7 +238,7 @@ class TestBadEvents:
         assert all(record["reason"] for record in records)
         scored = pq.read_table(folder / "output" / "scored.parquet")
         assert scored.num_rows == 592
-        assert np.isfinite(scored["log_prob"].to_numpy()).all()
+        assert np.isfinite(scored["log_prob"].to_numpy()[300:]).all()
         assert scored["x"].null_count == 0
 
     def test_the_others_are_learned_as_if_the_bad_ones_had_never_been(self, bad, tmp_path):
@@ -256,6 +272,12 @@ class TestBadEvents:
         found = [(record["line"], record["field"], record["value"]) for record in records]
         assert found == [(22, "x", "abc"), (32, None, None), (401, "y", "-inf")]
 
+    def test_a_quote_left_open_in_a_stream_is_told(self, tmp_path):
+        write_job(tmp_path, source={"path": "-"}, output={"picture": None})
+        given = 'x,y\n1,"2\n' + "3,4.5\n" * 40_000
+        done = stream_em("run", "job.yaml", cwd=tmp_path, given=given, code=1)
+        assert "standard input: an event is longer than 131,072 bytes" in done.stderr
+
     def test_when_no_event_can_be_used_the_commonest_reason_is_told(self, tmp_path):
         (tmp_path / "events.jsonl").write_text('{"y": 1.0}\n' * 20)
         write_job(tmp_path, source={"path": "events.jsonl"}, schema={"fields": {"x": "numeric"}})
@@ -282,7 +304,86 @@ class TestBadEvents:
             mean, deviation = load(tmp_path / "output" / "model.arrow").marginals()
             assert np.isfinite(mean).all()
             assert (deviation > 0).all()
-            assert np.isfinite(pq.read_table(tmp_path / "output" / "scored.parquet")["log_prob"].to_numpy()).all()
+            scored = pq.read_table(tmp_path / "output" / "scored.parquet")
+            assert np.isfinite(scored["log_prob"].to_numpy()[300:]).all()
+
+
+class TestNothingIsOverwritten:
+    """A job never writes over what it reads."""
+
+    @pytest.fixture
+    def job(self, tmp_path):
+        (tmp_path / "data").mkdir()
+        pq.write_table(events(600).select(["x", "y"]), tmp_path / "data" / "events.parquet")
+        write_job(tmp_path, source={"path": "data/events.parquet"}, output={"picture": None})
+        return tmp_path
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ["output.folder=data", "output.scored_events=events.parquet"],
+            ["output.folder=data", "output.scored_events=events.parquet", "source.path=data"],
+            ["output.folder=data", "output.scored_events=events.parquet", "source.path=data/*.parquet"],
+            ["output.folder=data", "output.snapshot=events.parquet", "source.path=[data/../data/events.parquet]"],
+            ["output.folder=data/../data", "output.quarantine=events.parquet"],
+            ["output.folder=link", "output.scored_events=events.parquet"],
+            ["source.path=link.parquet", "output.folder=data", "output.scored_events=events.parquet"],
+            ["output.folder=.", "output.scored_events=link.parquet"],
+            ["output.folder=.", "output.scored_events=job.yaml"],
+        ],
+    )
+    def test_run_refuses_to_write_over_its_source(self, job, arguments):
+        (job / "link").symlink_to(job / "data")
+        (job / "link.parquet").symlink_to(job / "data" / "events.parquet")
+        before = {path: path.read_bytes() for path in job.rglob("*") if path.is_file()}
+        done = stream_em("run", "job.yaml", *arguments, cwd=job, code=2)
+        assert "is read by this job and would be overwritten" in done.stderr
+        assert {path: path.read_bytes() for path in job.rglob("*") if path.is_file()} == before
+
+    def test_a_scored_file_or_a_quarantine_named_as_source_is_not_written_over(self, job):
+        stream_em("run", "job.yaml", cwd=job)
+        for name in ("scored.parquet", "quarantine.jsonl"):
+            done = stream_em("run", "job.yaml", f"source.path=output/{name}", cwd=job, code=2)
+            assert f"{name}: is read by this job" in done.stderr
+
+    def test_score_refuses_as_well(self, job):
+        stream_em("run", "job.yaml", cwd=job)
+        (job / "output" / "model.arrow").rename(job / "m.arrow")
+        for output in ("data/events.parquet", "m.arrow"):
+            before = (job / output).read_bytes()
+            done = stream_em("score", "m.arrow", "data/events.parquet", "-o", output, cwd=job, code=2)
+            assert "would be overwritten" in done.stderr
+            assert (job / output).read_bytes() == before
+        done = stream_em("score", "m.arrow", "data", "-o", "data", cwd=job, code=2)
+        assert "data: is a folder" in done.stderr
+
+    @pytest.mark.parametrize("path", ["data", "data/**/*.parquet"])
+    def test_a_folder_that_holds_the_output_is_read_without_it(self, job, path):
+        arguments = [f"source.path={path}", "output.folder=data/output"]
+        assert "600 events" in stream_em("run", "job.yaml", *arguments, cwd=job).stdout
+        for command in ("run", "fit"):
+            done = stream_em(command, "job.yaml", *arguments, "source.format=parquet", cwd=job)
+            assert done.stdout.count("not read, since this job writes them: data/output/scored.parquet\n") == 1
+            assert "600 events" in done.stdout
+
+
+class TestHalfCharacters:
+    def test_they_cost_their_event_and_are_written_as_escapes(self, tmp_path):
+        lines = [json.dumps(event) for event in events(400).select(["x", "country"]).to_pylist()]
+        lines[10] = '{"x": 1.0, "country": "\\ud800"}'
+        lines[11] = '{"x": "\\udfff", "country": "DE"}'
+        lines[12] = '{"x": 1.0, "\\ud800": "DE"}'
+        lines[13] = '{"x": 1.0, "country": "\\ud83d\\ude00"}'
+        lines[14] = '{"x": ' + "[" * 600 + "]" * 600 + "}"
+        (tmp_path / "events.jsonl").write_text("\n".join(lines))
+        write_job(tmp_path, source={"path": "events.jsonl"}, output={"picture": None})
+        stream_em("run", "job.yaml", cwd=tmp_path)
+        text = (tmp_path / "output" / "quarantine.jsonl").read_text(encoding="utf-8")
+        records = sorted(map(json.loads, text.splitlines()), key=lambda record: record["index"])
+        assert [record["index"] for record in records] == [10, 11, 12, 14]
+        assert [record["value"] for record in records[:2]] == ["\ud800", "\udfff"]
+        done = stream_em("run", "job.yaml", "output.on_error=raise", cwd=tmp_path, code=1)
+        assert "\\ud800" in done.stderr
 
 
 class TestNewFields:
@@ -368,7 +469,9 @@ class TestBadInput:
             ),
             (["fit", "job.yaml", "source.path=-"], 1, "this one can be read only once"),
             (["show", "job.yaml"], 1, "job.yaml: not a readable Arrow file"),
-            (["show", "nowhere.arrow"], 1, "nowhere.arrow"),
+            (["show", "nowhere.arrow"], 1, "nowhere.arrow: there is no such file; a snapshot is what run"),
+            (["show", "."], 1, "is a folder, not a snapshot"),
+            (["run", "job.yaml", "output.folder=events.parquet"], 1, "events.parquet: File exists"),
             (["plot", "job.yaml", "-o", "picture.bmp"], 1, "job.yaml"),
             (["merge", "job.yaml", "-o", "merged.arrow"], 2, "merge needs two snapshots or more"),
             (["score", "job.yaml"], 2, "Missing argument"),
@@ -391,14 +494,8 @@ class TestStopping:
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
     def test_a_signal_finishes_the_batch_and_writes_everything(self, tmp_path, number):
         write_job(tmp_path, source={"path": "-"}, output={"picture": None})
-        process = subprocess.Popen(
-            [*COMMAND, "run", "job.yaml"],
-            cwd=tmp_path,
-            env=ENVIRONMENT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        process = start(
+            "run", "job.yaml", cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
         stream = events(620).select(["x", "y", "country"]).to_pylist()
         process.stdin.write("".join(json.dumps(event) + "\n" for event in stream))
@@ -407,7 +504,8 @@ class TestStopping:
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob("output/.*quarantine.jsonl")) and time.monotonic() < deadline:
             time.sleep(0.05)
-        time.sleep(2)
+        # The signal may also come while the command still works off what was sent.
+        time.sleep(1)
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
@@ -416,6 +514,24 @@ class TestStopping:
         assert "620 events from standard input" in out
         assert load(tmp_path / "output" / "model.arrow").n_events == 620
         assert pq.read_table(tmp_path / "output" / "scored.parquet").num_rows == 620
+
+    def test_a_killed_job_leaves_nothing_in_the_way_and_two_jobs_do_not_share_a_file(self, tmp_path):
+        write_job(tmp_path, source={"path": "-"}, output={"picture": None})
+        pq.write_table(events(600).select(["x", "y"]), tmp_path / "events.parquet")
+        process = start("run", "job.yaml", cwd=tmp_path, stdin=subprocess.PIPE)
+        process.stdin.write("x\n1.0\n")
+        process.stdin.flush()
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("output/.*quarantine.jsonl")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        done = stream_em("run", "job.yaml", "source.path=events.parquet", cwd=tmp_path, code=1)
+        assert "quarantine.jsonl: another job is writing this file now" in done.stderr
+        process.kill()
+        process.wait()
+        process.stdin.close()
+        assert list(tmp_path.glob("output/.*"))
+        stream_em("run", "job.yaml", "source.path=events.parquet", cwd=tmp_path)
+        assert not list(tmp_path.glob("output/.*"))
 
     def test_a_reader_that_goes_away_is_no_error(self, ran):
         folder, _ = ran
@@ -485,15 +601,21 @@ class TestSnapshots:
         folder, _ = ran
         stream_em("plot", folder / "output" / "model.arrow", "-o", "sub.svg", cwd=tmp_path)
         assert "<svg" in (tmp_path / "sub.svg").read_text()
+        (tmp_path / "odd.png").write_bytes((folder / "output" / "model.arrow").read_bytes())
+        done = stream_em("plot", "odd.png", cwd=tmp_path, code=2)
+        assert "odd.png: is the snapshot and would be overwritten" in done.stderr
 
     def test_merge_adds_what_two_learned(self, ran, tmp_path):
         folder, _ = ran
-        snapshot = folder / "output" / "model.arrow"
-        stream_em("merge", snapshot, snapshot, "-o", "both.arrow", cwd=tmp_path)
-        one, both = load(snapshot), load(tmp_path / "both.arrow")
-        assert both.n_events == 2 * one.n_events
-        # Not the same to the last digit: the prior counts for half as much.
-        np.testing.assert_allclose(both.parameters.weights, one.parameters.weights, rtol=1e-2)
+        learner = load(folder / "output" / "model.arrow")
+        workers = [learner.fork(), learner.fork()]
+        for number, worker in enumerate(workers):
+            worker.update(events(500, seed=number + 3).drop_columns(["id", "fraud"]))
+            save(worker, tmp_path / f"{number}.arrow")
+        stream_em("merge", "0.arrow", "1.arrow", "-o", "both.arrow", cwd=tmp_path)
+        both, expected = load(tmp_path / "both.arrow"), workers[0].merge(workers[1])
+        assert both.n_events == expected.n_events
+        np.testing.assert_allclose(both.parameters.weights, expected.parameters.weights, rtol=1e-12)
 
     def test_strangers_do_not_merge(self, ran, tmp_path):
         folder, _ = ran
@@ -557,7 +679,17 @@ class TestOptions:
         stream_em("run", "job.yaml", cwd=tmp_path)
         (record,) = map(json.loads, (tmp_path / "output" / "quarantine.jsonl").read_text().splitlines())
         assert (record["index"], record["field"], record["value"]) == (500, "w", -1.0)
+        assert pq.read_table(tmp_path / "output" / "scored.parquet")["log_prob"].null_count == 300
         assert load(tmp_path / "output" / "model.arrow").schema.names == ("x", "y")
+
+    def test_events_without_weight_do_not_end_the_warm_up(self, tmp_path):
+        weight = np.ones(1000)
+        weight[50:150] = 0.0
+        table = events(1000).select(["x", "y"]).append_column("w", pa.array(weight))
+        pq.write_table(table, tmp_path / "events.parquet")
+        write_job(tmp_path, source={"path": "events.parquet", "weight": "w"}, output={"picture": None})
+        done = stream_em("run", "job.yaml", cwd=tmp_path)
+        assert "400 events came within the warm-up" in done.stdout
 
 
 @pytest.mark.parametrize("command", ["", "run", "fit", "score", "show", "plot", "merge"])
@@ -575,9 +707,7 @@ def test_a_terminal_gets_a_live_line(tmp_path):
     pq.write_table(pa.table({"x": np.random.default_rng(0).normal(size=n)}), tmp_path / "events.parquet")
     write_job(tmp_path, source={"path": "events.parquet"}, output={"picture": None})
     main, terminal = pty.openpty()
-    process = subprocess.Popen(
-        [*COMMAND, "run", "job.yaml"], cwd=tmp_path, stdout=terminal, env={**ENVIRONMENT, "TERM": "xterm"}
-    )
+    process = start("run", "job.yaml", cwd=tmp_path, stdout=terminal)
     os.close(terminal)
     shown = b""
     while True:
