@@ -48,6 +48,11 @@ class Reservoir:
         if batch.weight is not None:
             with np.errstate(divide="ignore", over="ignore"):
                 drawn = drawn / batch.weight
+        if len(self._keys) == self.capacity:
+            # Of a long stream few events still make it into the sample; the others need not be copied.
+            entering = np.flatnonzero(drawn > self._keys.min())
+            self._complete = False
+            drawn, batch = drawn[entering], batch.select(entering)
         keys = np.concatenate([self._keys, drawn])
         kept = concatenate([*self._batches, batch])
         if len(keys) > self.capacity:
