@@ -116,11 +116,9 @@ def run() -> list[Table]:
         Table(
             "From Parquet to Parquet",
             f"Whole processes of the command on rows of {N_FIELDS} doubles, K={N_COMPONENTS}, full covariances, "
-            ""
             "start-up and picture included. For `run` the peer is PyArrow alone reading those rows and writing the "
-            "scored rows "
-            "back. `fit` writes no rows, so its peer is PyArrow reading them as often as it does: once to settle the "
-            "schema and draw the seeding sample, once for the iteration.",
+            "scored rows back, with the same settings. `fit` writes no rows, so its peer is PyArrow reading them as "
+            "often as it does: once to settle the schema and draw the seeding sample, once for the iteration.",
             ("command", "rows", "s", "PyArrow alone, s", "ratio", "peak MB", "target"),
             rows,
         )

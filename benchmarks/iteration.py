@@ -76,8 +76,8 @@ def run() -> list[Table]:
                     learner.predict_then_update(piece)
 
             with threadpool_limits(1):
-                ours, theirs, online = in_turn(case.ours, case.theirs, update, repeats=5 if n_fields < 32 else 3)
-                one, two = in_turn(case.ours, lambda case=case: case.ours(2), repeats=5)
+                ours, theirs, online = in_turn(case.ours, case.theirs, update, repeats=9 if n_fields < 32 else 5)
+                one, two = in_turn(case.ours, lambda case=case: case.ours(2), repeats=9)
             assert abs(case.log_likelihood - case.peer_log_likelihood) <= 1e-9 * abs(case.peer_log_likelihood)
             ratio = theirs / ours
             iterations.append(
@@ -106,11 +106,9 @@ def run() -> list[Table]:
     return [
         Table(
             "One EM iteration against scikit-learn",
-            "E-step and M-step of `sklearn.mixture.GaussianMixture` and of `Mixture` on the same events "
-            "(200,000; 50,000 "
-            "from D=32) from the same parameters, one thread, in turn; the log-likelihoods agree to 1e-9 "
-            "relative, or the "
-            "run fails. Medians of ns per event.",
+            "E-step and M-step of `sklearn.mixture.GaussianMixture` and of `Mixture` on the same events (200,000; "
+            "50,000 from D=32) from the same parameters, one thread, in turn. The log-likelihoods agree to 1e-9 "
+            "relative, or the run fails. Medians of ns per event.",
             (*head, "scikit-learn", "stream_em", "faster", "target"),
             iterations,
         ),
@@ -122,9 +120,8 @@ def run() -> list[Table]:
         ),
         Table(
             "Online updates against the batch iteration",
-            "`OnlineEM.predict_then_update` with batches of 1,000 rows of a NumPy array: encoding, one E-step "
-            "that both "
-            "scores and learns, merge, M-step. ns per event, and the cost against the batch iteration above.",
+            "`OnlineEM.predict_then_update` with batches of 1,000 rows of a NumPy array: encoding, one E-step that "
+            "both scores and learns, merge, M-step. ns per event, and the cost against the batch iteration above.",
             (*head, "update", "cost", "target"),
             updates,
         ),
