@@ -12,19 +12,20 @@ mini-batches as it remembers.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
 
 @dataclass(frozen=True)
-class StepSize:
+class StepSize(ABC):
     """Base of the schedules that are a sequence of step sizes."""
 
     half_life: ClassVar[None] = None
 
+    @abstractmethod
     def step_size(self, step: float) -> float:
         """Weight of mini-batch number `step`, in (0, 1] from the first whole one on; fractions may be asked for."""
-        raise NotImplementedError(f"{type(self).__name__} must define step_size")
 
     def retention(self, step: float, total_weight: float, batch_weight: float, state_weight: float) -> float:
         """Factor in [0, 1] by which the state is discounted before a mini-batch is merged into it.
