@@ -77,7 +77,8 @@ def describe(family: Family, parameters: MixtureParameters, schema: Schema) -> l
                 probabilities = family.probabilities(parameters.components, position)
                 share = weights @ probabilities
                 excess = (probabilities[component] - share) / np.sqrt(np.maximum(share * (1.0 - share), 1e-12))
-                code = int(np.argmax(excess))
+                # Where a component is like the whole, its commonest category says more than the first one.
+                code = int(np.argmax(excess if excess.max() > 1e-9 else probabilities[component]))
                 text = f"{one.label(code)!r} {probabilities[component, code]:.0%}"
                 effect = float(excess[code])
             else:

@@ -1028,3 +1028,9 @@ def test_a_field_without_a_value_in_the_warm_up_is_taken_in_when_it_comes(kind: 
     assert deviation[0, 1] == pytest.approx(2.0, rel=0.1)
     # The entropy of two independent normals with deviations 1 and 2.
     assert learner.log_prob(late).mean() == pytest.approx(-(math.log(2 * math.pi) + 1 + math.log(2)), abs=0.1)
+
+
+def test_a_single_component_is_described_by_its_commonest_category() -> None:
+    events = [{"c": "rare"}, *[{"c": "usual"}] * 9]
+    fitted = BatchEM(Mixture(Categorical(), 1)).fit(events)
+    assert fitted.describe()[0].fields[0].text == "'usual' 90%"
