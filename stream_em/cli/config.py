@@ -98,11 +98,11 @@ class ModelSection(Section):
 class _ScheduleSection(Section):
     """Base of the schedules: their options are those of the library's class, which knows their ranges."""
 
-    library: ClassVar[type[Schedule]]
+    made_as: ClassVar[type[Schedule]]
 
     def make(self) -> Schedule:
         """Return the schedule."""
-        return self.library(**self.model_dump(exclude={"kind"}))
+        return self.made_as(**self.model_dump(exclude={"kind"}))
 
     @model_validator(mode="after")
     def _in_range(self) -> Self:
@@ -113,14 +113,14 @@ class _ScheduleSection(Section):
 class HarmonicSection(_ScheduleSection):
     """Step size 1/t: every event counts the same for ever."""
 
-    library = Harmonic
+    made_as = Harmonic
     kind: Literal["harmonic"]
 
 
 class RobbinsMonroSection(_ScheduleSection):
     """Step size (t + offset)^-alpha."""
 
-    library = RobbinsMonro
+    made_as = RobbinsMonro
     kind: Literal["robbins_monro"]
     alpha: float = RobbinsMonro.alpha
     """Decay of the step size."""
@@ -131,7 +131,7 @@ class RobbinsMonroSection(_ScheduleSection):
 class ConstantSection(_ScheduleSection):
     """The same step size for ever, to follow drift."""
 
-    library = Constant
+    made_as = Constant
     kind: Literal["constant"]
     value: float
     """Weight of each new batch."""
@@ -140,7 +140,7 @@ class ConstantSection(_ScheduleSection):
 class HalfLifeSection(_ScheduleSection):
     """An event's weight halves every `half_life` of event time."""
 
-    library = HalfLife
+    made_as = HalfLife
     kind: Literal["half_life"]
     half_life: float
     """In the units of `source.time`: seconds for timestamps."""
