@@ -367,8 +367,11 @@ class OnlineEM(FittedMixture):
     ) -> Batch:
         if isinstance(events, Batch) and weight is None and time is None:
             return events
-        events = in_memory(events)
-        schema = Schema.infer(events, unknown=self.unknown) if self._schema is None else self._schema
+        schema = self._schema
+        if schema is None:
+            # A stream is read by the inference, so it must be kept for the encoding.
+            events = in_memory(events)
+            schema = Schema.infer(events, unknown=self.unknown)
         return schema.encode(events, weight, time, on_error=on_error, extend=extend)
 
     def update(self, events: Events, weight: npt.ArrayLike | None = None, time: npt.ArrayLike | None = None) -> Self:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 import warnings
 from typing import Any
 
@@ -430,3 +433,26 @@ def test_family_must_be_a_family() -> None:
 def test_family_must_suit_the_fields() -> None:
     with pytest.raises(FamilyError, match="'c' is of kind 'category'"):
         Mixture(Gaussian(), 2).bind(Schema({"x": "numeric", "c": "category"}))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork a process")
+def test_threads_work_in_a_process_forked_after_them() -> None:
+    program = """
+import os
+import signal
+import numpy as np
+from stream_em import Gaussian, Mixture, Schema
+
+events = np.random.default_rng(0).normal(size=(40_000, 2))
+batch = Schema.infer(events).encode(events)
+model = Mixture(Gaussian(), 2)
+parameters = model.initialize(batch, np.random.default_rng(1).dirichlet([1.0, 1.0], len(events)).T)
+expected = model.e_step(parameters, batch, n_threads=2).log_likelihood
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    os._exit(int(model.e_step(parameters, batch, n_threads=2).log_likelihood != expected))
+raise SystemExit(int(os.waitpid(child, 0)[1] != 0))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stderr

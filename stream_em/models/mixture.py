@@ -431,8 +431,9 @@ class _Expectation:
         if n_threads == 1:
             return self._blocks(0, n_events, size, given, into, centers, own)
         bounds = [starts[len(starts) * thread // n_threads] for thread in range(n_threads)] + [n_events]
-        with _one_blas_thread():
-            results = _threads(n_threads).map(
+        # Threads that lived on would be missing, and waited for, in a process forked later.
+        with _one_blas_thread(), ThreadPoolExecutor(n_threads) as threads:
+            results = threads.map(
                 lambda start, stop: self._blocks(start, stop, size, given, into, centers, own), bounds[:-1], bounds[1:]
             )
             log_likelihoods, sums = zip(*results)
@@ -516,12 +517,6 @@ class _Expectation:
         features[-1] = 1.0
         self._write_features(span, center, features)
         return features
-
-
-@lru_cache(maxsize=8)
-def _threads(n_threads: int) -> ThreadPoolExecutor:
-    """Threads that live on, and with them their workspaces."""
-    return ThreadPoolExecutor(n_threads, thread_name_prefix="stream_em")
 
 
 @lru_cache(maxsize=1)
