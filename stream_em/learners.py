@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import reduce
+from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
@@ -17,14 +18,20 @@ from stream_em.describe import ComponentDescription, describe
 from stream_em.models import Mixture, MixtureParameters
 from stream_em.models.mixture import Posterior
 from stream_em.numerics import Array, check_whole
-from stream_em.schedules import RobbinsMonro, Schedule
+from stream_em.schedules import LEAST_SHARE, RobbinsMonro, Schedule
 from stream_em.schema import OTHER, UNKNOWN_POLICIES, Batch, Schema, SchemaError, in_memory
 from stream_em.seeding import Reservoir, concatenate
 from stream_em.seeding import seed as seed_parameters
+from stream_em.state import State
 from stream_em.statistics import MergeError, Statistics
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from stream_em.event_kernel import EventKernel
+
+# Mini-batches after which compiled code is worth loading.
+COMPILE_AFTER = 1_000
 
 Events = Any
 """A dict, a list of dicts, an array (n, D), a frame (Arrow, pandas, polars) or an encoded `Batch`."""
@@ -265,10 +272,6 @@ class OnlineEM(FittedMixture):
 
     Attributes
     ----------
-    n_events
-        Events learned.
-    statistics
-        The discounted expected sufficient statistics, or None during the warm-up.
     ignored_fields
         Names of unknown fields that were ignored, with the number of events that held them.
 
@@ -316,31 +319,65 @@ class OnlineEM(FittedMixture):
         if initial_parameters is not None and schema is None:
             raise ValueError("initial_parameters need the schema they are for")
         super().__init__(model, initial_parameters, schema)
-        self.schedule: Schedule = RobbinsMonro() if schedule is None else schedule
+        self._schedule: Schedule = RobbinsMonro() if schedule is None else schedule
         self.unknown: Literal["refuse", "ignore", "add"] = unknown
         self.batch_size = batch_size
         self.warm_up = max(200, 20 * model.n_components) if warm_up is None else warm_up
         self.first_m_step = first_m_step
         self.averaging = averaging
         self.seed = seed
-        self.n_events = 0
         self.ignored_fields: Counter[str] = Counter()
-        self.statistics: Statistics | None = None
         self.origin = "" if initial_parameters is None else _origin(initial_parameters)
-        self._iterate = initial_parameters
+        self._known = State(iterate=initial_parameters)
+        self._kernel: EventKernel | None = None
+        self._compiles = True
         self._average = _Average()
         self._buffer: list[Batch] = []
-        self._total_weight = 0.0
-        self._n_updates = 0
         self._unseen: tuple[int, ...] = ()
 
     def _progress_text(self) -> str:
         return f", {self.n_events:,} events" + (", warming up" if self.warming_up else "")
 
     @property
+    def _state(self) -> State:
+        """What was learned so far, brought up to date with the single events that compiled code has learned."""
+        if self._kernel is not None and self._kernel.ahead:
+            self._known = self._kernel.collect()
+            self._parameters = self._known.iterate
+        return self._known
+
+    @_state.setter
+    def _state(self, state: State) -> None:
+        self._known, self._kernel = state, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(self.__dict__, _known=self._state, _kernel=None)
+
+    @property
+    def schedule(self) -> Schedule:
+        """Step sizes; they can be changed at any time."""
+        return self._schedule
+
+    @schedule.setter
+    def schedule(self, schedule: Schedule) -> None:
+        self._schedule = schedule
+        # The kernel has a copy; what it has learned is taken over before it is dropped.
+        self._state, self._compiles = self._state, True
+
+    @property
+    def n_events(self) -> int:
+        """Events learned."""
+        return self._known.n_events if self._kernel is None else self._kernel.n_events
+
+    @property
+    def statistics(self) -> Statistics | None:
+        """The discounted expected sufficient statistics, or None during the warm-up."""
+        return self._state.statistics
+
+    @property
     def warming_up(self) -> bool:
         """Whether the first parameters are still to come."""
-        return self._iterate is None
+        return self._known.iterate is None
 
     @property
     def parameters(self) -> MixtureParameters:
@@ -352,7 +389,9 @@ class OnlineEM(FittedMixture):
             Before any event was seen.
 
         """
+        state = self._state
         if self._parameters is None and self._buffer:
+            assert state.iterate is None
             self._parameters = self._bound_model().pooled(concatenate(self._buffer))
         return super().parameters
 
@@ -392,8 +431,38 @@ class OnlineEM(FittedMixture):
             When an event or the frame cannot be used; the learner is then exactly as before.
 
         """
+        if isinstance(events, dict) and time is None and isinstance(weight, float | int | None):
+            kernel = self.kernel()
+            if kernel is not None and kernel.learn(events, 1.0 if weight is None else weight):
+                return self
         self._learn(self.encode(events, weight, time, extend=True), None)
         return self
+
+    def kernel(self) -> EventKernel | None:
+        """Return this learner's state as compiled code holds it, for single events, or None.
+
+        There is none during the warm-up, without Numba, and for what has no compiled form: `averaging`, `HalfLife`,
+        families and schedules from outside this library. What the kernel learns, the learner has learned.
+        """
+        if self._kernel is None and self._compiles:
+            self._kernel = self._compiled()
+        return self._kernel
+
+    def _compiled(self) -> EventKernel | None:
+        state, bound, schema = self._known, self._bound, self._schema
+        if bound is None or schema is None or state.statistics is None or not state.n_updates or self._unseen:
+            return None
+        try:
+            from stream_em.event_kernel import EventKernel, supports
+        except ModuleNotFoundError as error:
+            if error.name != "numba":
+                raise
+            self._compiles = False
+            return None
+        self._compiles = not self.averaging and supports(bound, schema, self.schedule)
+        if not self._compiles:
+            return None
+        return EventKernel(bound, schema, self.schedule, self.batch_size, state, self.ignored_fields)
 
     def predict_then_update(
         self, events: Events, weight: npt.ArrayLike | None = None, time: npt.ArrayLike | None = None
@@ -419,7 +488,7 @@ class OnlineEM(FittedMixture):
         return Prediction(*(np.concatenate(columns) for columns in zip(*predictions)))
 
     def _posterior(self, batch: Batch) -> Posterior:
-        if self._iterate is None:
+        if self.warming_up:
             return self._warm_up_posterior(batch)
         return super()._posterior(batch)
 
@@ -428,7 +497,8 @@ class OnlineEM(FittedMixture):
         return _as_prediction(self._posterior(batch), self._component_ids())
 
     def _component_ids(self) -> npt.NDArray[np.int64]:
-        return np.arange(self.model.n_components) if self._iterate is None else self._iterate.component_ids
+        iterate = self._state.iterate
+        return np.arange(self.model.n_components) if iterate is None else iterate.component_ids
 
     def _warm_up_posterior(self, batch: Batch) -> Posterior:
         n_components = self.model.n_components
@@ -439,6 +509,7 @@ class OnlineEM(FittedMixture):
 
     def _learn(self, batch: Batch, predictions: list[Prediction] | None) -> None:
         before = dict(self.__dict__, _buffer=list(self._buffer), ignored_fields=self.ignored_fields.copy())
+        restore = None if self._kernel is None else self._kernel.checkpoint()
         try:
             batch, bound = self._accept(batch)
             self.ignored_fields.update(batch.ignored_fields)
@@ -454,6 +525,8 @@ class OnlineEM(FittedMixture):
                 start = stop
         except BaseException:
             self.__dict__.update(before)
+            if restore is not None:
+                restore()
             raise
 
     def _accept(self, batch: Batch) -> tuple[Batch, Mixture]:
@@ -466,7 +539,7 @@ class OnlineEM(FittedMixture):
         if known is not None and not batch.schema.extends(known):
             raise _foreign(batch, known)
         bound = self.model.bind(batch.schema)
-        statistics, iterate = self.statistics, self._iterate
+        statistics, iterate = self._state.statistics, self._state.iterate
         if statistics is not None and known is not None:
             statistics = self.model.grow(statistics, known, batch.schema, batch)
             iterate = bound.m_step(statistics)
@@ -477,7 +550,8 @@ class OnlineEM(FittedMixture):
                 ignored[name] += int(np.count_nonzero(~np.isnan(row)))
             return replace(_adapted(batch, known), ignored_fields=ignored), self._bound_model()
         self._buffer = [_adapted(one, batch.schema) for one in self._buffer]
-        self._schema, self._bound, self.statistics, self._iterate = batch.schema, bound, statistics, iterate
+        self._schema, self._bound = batch.schema, bound
+        self._state = replace(self._state, statistics=statistics, iterate=iterate)
         self._parameters = iterate
         self._average = _Average()
         return batch, bound
@@ -490,8 +564,7 @@ class OnlineEM(FittedMixture):
         if told.n_events:
             self._buffer.append(concatenate([told]))
         self._parameters = None
-        self.n_events += piece.n_events
-        self._total_weight += piece.total_weight
+        self._count(piece)
         if sum(one.n_events for one in self._buffer) >= self.warm_up:
             self.finish_warm_up()
 
@@ -511,9 +584,9 @@ class OnlineEM(FittedMixture):
         bound = self._bound_model()
         seen = concatenate(self._buffer)
         start = seed_parameters(self.model, seen, np.random.default_rng(self.seed))
-        self.statistics = self._expected(bound, start, seen, None)
-        self._iterate = bound.m_step(self.statistics)
-        self._parameters = self._iterate
+        statistics = self._expected(bound, start, seen, None)
+        self._parameters = bound.m_step(statistics)
+        self._state = replace(self._state, statistics=statistics, iterate=self._parameters)
         self._unseen = tuple(np.flatnonzero(np.isnan(seen.values).all(axis=1)).tolist())
         self.origin = _origin(start)
         self._buffer = []
@@ -537,38 +610,116 @@ class OnlineEM(FittedMixture):
             predictions.append(_as_prediction(posterior, parameters.component_ids))
         return statistics if half_life is None else replace(statistics, half_life=half_life, time=newest)
 
+    def _count(self, piece: Batch) -> None:
+        state = self._state
+        self._state = replace(
+            state,
+            n_events=state.n_events + piece.n_events,
+            total_weight=state.total_weight + piece.total_weight,
+        )
+
     def _step(self, bound: Mixture, piece: Batch, predictions: list[Prediction] | None) -> None:
-        assert self._iterate is not None
+        if self._step_compiled(piece, predictions):
+            return
         if self._unseen:
             self._settle(bound, piece)
-        new = self._expected(bound, self._iterate, piece, predictions)
-        weight = piece.total_weight
-        self.n_events += piece.n_events
-        self._total_weight += weight
-        if self.statistics is None:
-            self.statistics = new
-        else:
-            state = self.statistics
-            step = self.n_events / self.batch_size
-            retention = self.schedule.retention(step, self._total_weight, weight, state.total_weight)
-            state = state if retention == 1.0 else state.scale(retention)
-            self.statistics = state.merge(new)
-        if self.n_events < self.first_m_step:
+        state = self._state
+        assert state.iterate is not None
+        new = self._expected(bound, state.iterate, piece, predictions)
+        self._count(piece)
+        n_events, total_weight = self._state.n_events, self._state.total_weight
+        statistics = new
+        if state.statistics is not None:
+            statistics = state.statistics
+            retention = self.schedule.retention(
+                n_events / self.batch_size, total_weight, piece.total_weight, statistics.total_weight
+            )
+            statistics = (statistics if retention == 1.0 else statistics.scale(retention)).merge(new)
+        if n_events < self.first_m_step:
+            self._state = replace(self._state, statistics=statistics)
             return
-        self._iterate = bound.m_step(self.statistics)
-        self._n_updates += 1
+        kept = None
+        if state.n_updates and n_events // self.batch_size == state.n_events // self.batch_size:
+            # Between whole mini-batches, the components that have next to nothing of the new events stay.
+            kept = state.iterate, ~(new.weights > LEAST_SHARE * piece.total_weight)
+        iterate = bound.m_step(statistics, kept=kept)
+        self._state = State(statistics, iterate, n_events, total_weight, state.n_updates + 1)
         if self.averaging:
-            self._average = self._average.include(self._iterate, self._n_updates)
-        self._parameters = self._average.value if self.averaging else self._iterate
+            self._average = self._average.include(iterate, self._state.n_updates)
+        self._parameters = self._average.value if self.averaging else iterate
+
+    def _step_compiled(self, piece: Batch, predictions: list[Prediction] | None) -> bool:
+        """Take the step in compiled code, where there is some; return whether it was taken."""
+        # Loading it takes as long as many steps in NumPy.
+        kernel = self.kernel() if self._known.n_updates >= COMPILE_AFTER else self._kernel
+        if kernel is None:
+            return False
+        learned = kernel.blocks.learn(piece, keep=predictions is not None)
+        if learned is not None and predictions is not None:
+            predictions.append(Prediction(*learned))
+        return learned is not None
 
     def _settle(self, bound: Mixture, piece: Batch) -> None:
         """Take in fields that had no value in the warm-up, if they have one now."""
         unseen = np.array(self._unseen, dtype=np.intp)
         absent = np.logical_and.reduce(np.isnan(piece.values[unseen]), axis=1)
-        if not absent.all() and self.statistics is not None:
+        statistics = self._state.statistics
+        if not absent.all() and statistics is not None:
             self._unseen = tuple(unseen[absent].tolist())
-            self.statistics = self.model.settle(self.statistics, unseen[~absent], piece)
-            self._iterate = self._parameters = bound.m_step(self.statistics)
+            statistics = self.model.settle(statistics, unseen[~absent], piece)
+            self._parameters = bound.m_step(statistics)
+            self._state = replace(self._state, statistics=statistics, iterate=self._parameters)
+
+    def grow(self, batch: Batch) -> Self:
+        """Take in the new fields and categories of a batch's schema; return the learner.
+
+        Parameters
+        ----------
+        batch
+            Events that say what the new fields hold; nothing is learned from them.
+
+        Raises
+        ------
+        FamilyError, SchemaError
+            When a field has no family, or the batch's schema does not go on from this learner's.
+
+        """
+        self._state = self._state
+        self._accept(batch)
+        return self
+
+    def forget(self, weight: float) -> Self:
+        """Let all that was learned so far count for no more than this weight of events; return the learner.
+
+        Until the schedule's own memory is filled again, new events count for as much as if the learner were that young.
+        """
+        state = self._state
+        if state.statistics is not None and state.statistics.total_weight > weight:
+            retention = weight / state.statistics.total_weight
+            self._state = replace(state, statistics=state.statistics.scale(retention))
+        return self
+
+    def renumber(self, component_ids: npt.NDArray[np.int64]) -> Self:
+        """Give the components other ids (K,), so that they are not taken for those of another learner.
+
+        Raises
+        ------
+        NotFittedError
+            During the warm-up, when there are no components yet.
+        ValueError
+            When the ids are not K different ones.
+
+        """
+        state = self._state
+        if state.iterate is None or state.statistics is None:
+            raise NotFittedError("a learner that is still warming up has no components that could be renumbered")
+        if component_ids.shape != (self.model.n_components,) or len(np.unique(component_ids)) != len(component_ids):
+            raise ValueError(f"component_ids must be {self.model.n_components} different numbers, got {component_ids}")
+        iterate = replace(state.iterate, component_ids=component_ids)
+        statistics = replace(state.statistics, component_ids=component_ids)
+        self._state = replace(state, iterate=iterate, statistics=statistics)
+        self._parameters, self._average = iterate, _Average()
+        return self
 
     def merge(self, other: OnlineEM) -> OnlineEM:
         """Return a learner that has learned what both have; neither is changed.
@@ -583,17 +734,23 @@ class OnlineEM(FittedMixture):
         if self.schedule != other.schedule:
             raise MergeError(f"schedules differ: {self.schedule} and {other.schedule}")
         grown = self if schema is self.schema else other
-        merged = self._like(schema=schema, initial_parameters=grown._iterate)
+        merged = self._like(schema=schema, initial_parameters=grown._state.iterate)
         told = [_grown(one, schema) for one in (self, other) if one.statistics is not None]
-        merged.statistics = reduce(Statistics.merge, told) if told else None
-        merged.n_events = self.n_events + other.n_events
         merged.ignored_fields = self.ignored_fields + other.ignored_fields
         merged.origin = self.origin
-        merged._total_weight = self._total_weight + other._total_weight
-        merged._n_updates = self._n_updates + other._n_updates
         merged._unseen = tuple(position for position in self._unseen if position in other._unseen)
-        if merged.statistics is not None:
-            merged._iterate = merged._parameters = merged._bound_model().m_step(merged.statistics)
+        mine, theirs = self._state, other._state
+        state = replace(
+            merged._state,
+            n_events=mine.n_events + theirs.n_events,
+            total_weight=mine.total_weight + theirs.total_weight,
+            n_updates=mine.n_updates + theirs.n_updates,
+        )
+        if told:
+            statistics = reduce(Statistics.merge, told)
+            merged._parameters = merged._bound_model().m_step(statistics)
+            state = replace(state, statistics=statistics, iterate=merged._parameters)
+        merged._state = state
         return merged
 
     def fork(self) -> OnlineEM:
@@ -614,8 +771,93 @@ class OnlineEM(FittedMixture):
         fork._unseen = self._unseen
         return fork
 
+    def resume(self, statistics: Statistics, n_events: int) -> Self:
+        """Go on from statistics that the initial parameters were fitted to; return the learner.
+
+        Parameters
+        ----------
+        statistics
+            Expected sufficient statistics of a batch fit.
+        n_events
+            Events they are of.
+
+        Raises
+        ------
+        ValueError
+            When the learner has learned already, or has no initial parameters.
+
+        """
+        if self.warming_up or self.statistics is not None:
+            raise ValueError("only a learner with initial parameters that has learned nothing yet can resume a fit")
+        self._state = replace(
+            self._state, statistics=statistics, n_events=n_events, total_weight=statistics.total_weight
+        )
+        return self
+
     def _like(self, **more: Any) -> Self:
         return type(self)(self.model, **{name: getattr(self, name) for name in self.OPTIONS}, **more)
+
+
+class Iteration(NamedTuple):
+    """One iteration of batch EM.
+
+    Parameters
+    ----------
+    parameters
+        The parameters after its M-step.
+    statistics
+        The expected sufficient statistics of its E-step.
+    objective
+        Mean log-posterior, up to a constant, of the parameters before its M-step.
+    prior
+        The prior of its M-step.
+
+    """
+
+    parameters: MixtureParameters
+    statistics: Statistics
+    objective: float
+    prior: Any
+
+
+def iterations(
+    bound: Mixture,
+    parameters: MixtureParameters,
+    batches: Callable[[], Iterable[Batch]],
+    *,
+    prior: Any = None,
+    n_threads: int = 1,
+) -> Iterator[Iteration]:
+    """Yield the iterations of batch EM, without end.
+
+    Parameters
+    ----------
+    bound
+        The mixture, bound to the schema of the events.
+    parameters
+        Where to start.
+    batches
+        Returns the encoded events, in one batch or several, once for each iteration.
+    prior
+        What `Mixture.prior` returned, by default for the statistics of the first iteration.
+    n_threads
+        Threads that share the blocks of a large batch.
+
+    >>> from stream_em import Gaussian
+    >>> batch = Schema({"x": "numeric"}).encode(np.array([[0.0], [2.0]]))
+    >>> bound = Mixture(Gaussian(), 1).bind(batch.schema)
+    >>> next(iterations(bound, bound.pooled(batch), lambda: [batch])).parameters.components.mean
+    array([[1.]])
+
+    """
+    while True:
+        statistics = reduce(
+            Statistics.merge, (bound.e_step(parameters, batch, n_threads=n_threads) for batch in batches())
+        )
+        prior = bound.prior(statistics) if prior is None else prior
+        log_posterior = statistics.log_likelihood + bound.log_prior(parameters, prior)
+        parameters = bound.m_step(statistics, prior)
+        yield Iteration(parameters, statistics, log_posterior / max(statistics.total_weight, 1e-300), prior)
 
 
 class BatchEM(FittedMixture):
@@ -802,24 +1044,13 @@ class BatchEM(FittedMixture):
     ) -> tuple[float, MixtureParameters, Statistics, list[float], bool]:
         history: list[float] = []
         converged = False
-        prior = None
-        statistics: Statistics | None = None
-        for _ in range(self.max_iter):
-            statistics = None
-            for batch in batches():
-                new = bound.e_step(parameters, batch, n_threads=self.n_threads)
-                statistics = new if statistics is None else statistics.merge(new)
-            assert statistics is not None
-            prior = bound.prior(statistics) if prior is None else prior
-            objective = statistics.log_likelihood + bound.log_prior(parameters, prior)
-            history.append(objective / max(statistics.total_weight, 1e-300))
-            parameters = bound.m_step(statistics, prior)
+        for iteration in islice(iterations(bound, parameters, batches, n_threads=self.n_threads), self.max_iter):
+            history.append(iteration.objective)
             advance(f"mean log-posterior {history[-1]:.6g}")
             if len(history) > 1 and history[-1] - history[-2] < self.tol:
                 converged = True
                 break
-        assert statistics is not None
-        return history[-1], parameters, statistics, history, converged
+        return history[-1], iteration.parameters, iteration.statistics, history, converged
 
     def merge(self, other: BatchEM) -> BatchEM:
         """Return a fit whose statistics are those of both, after one more M-step; neither is changed.

@@ -16,6 +16,10 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+# An update that does not complete a mini-batch leaves a component's parameters as they are when its
+# responsibility for the new events is below this: less than its share of rounding up the mini-batch.
+LEAST_SHARE = 1e-3
+
 
 @dataclass(frozen=True)
 class StepSize(ABC):

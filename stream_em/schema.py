@@ -430,12 +430,16 @@ class Schema:
             schema, values = self._encode_frame(events, errors, ignored, extend)
         else:
             schema, values = self._encode_dicts(_as_dicts(events), errors, ignored, extend)
-        schema._check_values(values, errors)
+        complete = schema._check_values(values, errors)
         n_events = values.shape[1]
         weights = _check_weight(weight, n_events, errors)
         times = _check_time(time, n_events, errors)
         if not errors:
-            return Batch(values, schema, weights, times, ignored_fields=ignored)
+            batch = Batch(values, schema, weights, times, ignored_fields=ignored)
+            if complete:
+                # What was just found out need not be found out again.
+                batch.__dict__["observed"] = None
+            return batch
         rejected = tuple(errors[index] for index in sorted(errors))
         if on_error == "raise":
             raise rejected[0]
@@ -576,15 +580,18 @@ class Schema:
     def _with_fields(self, fields: Iterable[Field]) -> Schema:
         return Schema((*self.fields, *fields), unknown=self.unknown)
 
-    def _check_values(self, values: Array, errors: dict[int, EventError]) -> None:
-        """Add an error for every value out of its field's range, and for every event without any value."""
+    def _check_values(self, values: Array, errors: dict[int, EventError]) -> bool:
+        """Add an error for every value out of its field's range, and for every event without any value.
+
+        Return whether no value is missing.
+        """
         if values.shape[1] == 0:
-            return
+            return True
         # One pass tells that all is well: the sum of squares is not finite if any value is NaN or infinite.
         flat = values.ravel(order="K")
         complete = float(np.dot(flat, flat)) < LARGEST_VALUE
         if complete and self._all_numeric:
-            return
+            return True
         if not complete:
             empty = np.isnan(values).all(axis=0)
             for index in np.flatnonzero(empty).tolist():
@@ -601,6 +608,7 @@ class Schema:
                 wrong |= (row != 0.0) & (row != 1.0) & ~np.isnan(row)
             for index in np.flatnonzero(wrong).tolist():
                 errors.setdefault(index, EventError(index, one.name, float(row[index]), EXPECTED[one.kind]))
+        return complete
 
     def decode(self, values: Array) -> pa.Table:
         """Return a feature-major block (D, B) as a table of events.

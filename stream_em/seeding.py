@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from stream_em.models.mixture import Mixture, MixtureParameters
-from stream_em.numerics import Array
+from stream_em.numerics import Array, safe_divide
 from stream_em.schema import Batch
 
 # Directions whose share of the total variance is smaller are rounding, not structure; whitening would
@@ -48,6 +48,11 @@ class Reservoir:
         if batch.weight is not None:
             with np.errstate(divide="ignore", over="ignore"):
                 drawn = drawn / batch.weight
+        if batch.n_events > self.capacity:
+            # No more than that can stay; the others need not be copied.
+            entering = np.sort(np.argpartition(-drawn, self.capacity - 1)[: self.capacity])
+            self._complete = False
+            drawn, batch = drawn[entering], batch.select(entering)
         if len(self._keys) == self.capacity:
             # Of a long stream few events still make it into the sample; the others need not be copied.
             entering = np.flatnonzero(drawn > self._keys.min())
@@ -108,8 +113,8 @@ def seed(
     generator
         Source of randomness.
     n_starts
-        Number of k-means++ starts, alternately on whitened and on standardised points; the one with the
-        highest log-posterior after `n_iterations` is kept.
+        Number of k-means++ starts, in turn on whitened and on standardised points, and for the last quarter
+        along one direction; the one with the highest log-posterior after `n_iterations` is kept.
     n_iterations
         EM iterations for each start.
 
@@ -126,8 +131,11 @@ def seed(
     best: tuple[float, MixtureParameters] | None = None
     for start in range(n_starts if model.n_components > 1 else 1):
         # Whitening finds clusters stretched along one axis, which k-means would otherwise cut across it; but it
-        # shrinks the axis along which clusters lie far apart, so every other start goes without.
+        # shrinks the axis along which clusters lie far apart, so every other start goes without. Many clusters in
+        # a row are found along that row alone: beside the other directions its spread counts too little.
         points = standardized if start % 2 else whitened
+        if start >= n_starts - n_starts // 4:
+            points = whitened @ separating_direction(whitened, weight, generator)
         parameters = bound.initialize(batch, k_means_responsibilities(points, weight, model.n_components, generator))
         prior = None
         objective = -math.inf
@@ -163,17 +171,44 @@ def points_for_k_means(batch: Batch) -> tuple[Array, Array]:
             rows.append(values)
     points = np.stack(rows)
     there = ~np.isnan(points)
-    mean = np.where(there, points, 0.0).sum(axis=1) / np.maximum(there.sum(axis=1), 1)
+    weight = np.full(batch.n_events, 1.0 / batch.n_events)
+    if batch.weight is not None and batch.total_weight > 0.0:
+        weight = batch.weight / batch.total_weight
+    weights = np.where(there, weight, 0.0)
+    mean = safe_divide((weights * np.where(there, points, 0.0)).sum(axis=1), weights.sum(axis=1))
     centred = np.where(there, points - mean[:, None], 0.0)
-    spread = np.sqrt((centred**2).mean(axis=1))
+    spread = np.sqrt(centred**2 @ weight)
     varies = spread > 16.0 * np.finfo(np.float64).eps * np.abs(mean)
     if not varies.any():
         return np.zeros((batch.n_events, 1)), np.zeros((batch.n_events, 1))
     standardized = centred[varies] / spread[varies, None]
-    eigenvalues, directions = np.linalg.eigh(standardized @ standardized.T / batch.n_events)
+    eigenvalues, directions = np.linalg.eigh((standardized * weight) @ standardized.T)
     kept = eigenvalues > SMALLEST_EIGENVALUE_SHARE * eigenvalues.sum()
     projected: Array = (directions[:, kept] / np.sqrt(eigenvalues[kept])).T @ standardized
     return np.ascontiguousarray(standardized.T), np.ascontiguousarray(projected.T)
+
+
+def separating_direction(
+    points: Array, weight: Array, generator: np.random.Generator, *, n_starts: int = 8, n_iterations: int = 20
+) -> Array:
+    """Return a direction (F, 1), of length 1, along which whitened points (B, F) lie in clusters, if along any.
+
+    The kurtosis is low where clusters lie in a row (Peña & Prieto 2001, "Cluster identification using
+    projections"); its extrema are found by the fixed-point iteration of Hyvärinen & Oja (1997).
+    """
+    share = (weight / max(float(weight.sum()), 1e-300))[:, None]
+    directions = _unit_columns(generator.normal(size=(points.shape[1], n_starts)))
+    for _ in range(n_iterations):
+        directions = _unit_columns(points.T @ (share * (points @ directions) ** 3) - 3.0 * directions)
+    kurtosis = (share * (points @ directions) ** 4).sum(axis=0)
+    return directions[:, [int(kurtosis.argmin())]]
+
+
+def _unit_columns(vectors: Array) -> Array:
+    length = np.sqrt((vectors**2).sum(axis=0))
+    even = np.full(vectors.shape, len(vectors) ** -0.5)
+    unit: Array = np.divide(vectors, length, out=even, where=length > 0.0)
+    return unit
 
 
 def k_means_responsibilities(

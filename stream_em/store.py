@@ -27,6 +27,7 @@ from stream_em.models import Mixture, MixtureParameters
 from stream_em.schedules import Constant, HalfLife, Harmonic, RobbinsMonro, Schedule
 from stream_em.schema import Batch, Field, Schema
 from stream_em.seeding import concatenate
+from stream_em.state import State
 from stream_em.statistics import Moments, Statistics, Sums
 
 FORMAT_VERSION = 1
@@ -268,13 +269,13 @@ def _state_of(learner: Learner) -> tuple[dict[str, Any], Arrays]:
         return header, arrays
     header["learner"] |= {
         "schedule": _specification_of_schedule(learner.schedule),
-        "total_weight": learner._total_weight,
-        "n_updates": learner._n_updates,
+        "total_weight": learner._state.total_weight,
+        "n_updates": learner._state.n_updates,
         "unseen": list(learner._unseen),
         "n_averaged": [learner._average.n_reported, learner._average.n_running],
     }
     for name, parameters in (
-        ("iterate", learner._iterate),
+        ("iterate", learner._state.iterate),
         ("reported", learner._average.reported),
         ("running", learner._average.running),
     ):
@@ -347,7 +348,7 @@ def _learner_of(header: dict[str, Any], arrays: Arrays) -> Learner:
         specification["assignment"],
     )
     schema = None if header["schema"] is None else _schema_of(header["schema"])
-    options = dict(header["learner"])
+    options, n_events = dict(header["learner"]), _whole(header["n_events"])
     learner: Learner
     if header["kind"] == "BatchEM":
         history = [_finite(value) for value in options.pop("history")]
@@ -355,6 +356,9 @@ def _learner_of(header: dict[str, Any], arrays: Arrays) -> Learner:
         learner = BatchEM(model, schema=schema, **options)
         learner.history, learner.converged = history, converged
         learner._parameters = _parameters_of(learner, arrays, "parameters")
+        learner.n_events = n_events
+        if header["statistics"] is not None:
+            learner.statistics = _statistics_of(learner, header["statistics"], arrays)
     elif header["kind"] == "OnlineEM":
         total_weight, n_updates = _finite(options.pop("total_weight")), _whole(options.pop("n_updates"))
         unseen = tuple(_whole(position) for position in options.pop("unseen"))
@@ -365,26 +369,29 @@ def _learner_of(header: dict[str, Any], arrays: Arrays) -> Learner:
         learner = OnlineEM(model, schedule=SCHEDULES[schedule.pop("kind")](**schedule), schema=schema, **options)
         if total_weight < 0.0:
             raise ValueError(f"the total weight must be >= 0, got {total_weight}")
-        learner._total_weight, learner._n_updates, learner._unseen = total_weight, n_updates, unseen
-        learner._iterate = _parameters_of(learner, arrays, "iterate")
+        iterate = learner._parameters = _parameters_of(learner, arrays, "iterate")
+        learner._unseen = unseen
+        learner._state = State(
+            None if header["statistics"] is None else _statistics_of(learner, header["statistics"], arrays),
+            iterate,
+            n_events,
+            total_weight,
+            n_updates,
+        )
         learner._average = _Average(
             _parameters_of(learner, arrays, "reported"),
             n_reported,
             _parameters_of(learner, arrays, "running"),
             n_running,
         )
-        learner._parameters = learner._iterate
         if learner.averaging and learner._average.reported is not None:
             learner._parameters = learner._average.reported
         if "buffer/values" in arrays and schema is not None:
             learner._buffer = [_buffer_of(schema, arrays)]
     else:
         raise ValueError(f"unknown kind of learner {header['kind']!r}")
-    learner.n_events = _whole(header["n_events"])
     learner.ignored_fields = Counter({str(name): _whole(count) for name, count in header["ignored_fields"].items()})
     learner.origin = str(header["origin"])
-    if header["statistics"] is not None:
-        learner.statistics = _statistics_of(learner, header["statistics"], arrays)
     return learner
 
 
@@ -418,7 +425,7 @@ def _component_ids(array: npt.NDArray[Any], n_components: int) -> npt.NDArray[np
 
 def _statistics_of(learner: Learner, scalars: Mapping[str, Any], arrays: Arrays) -> Statistics:
     schema, bound = learner._known_schema(), learner._bound_model()
-    parameters = learner._iterate if isinstance(learner, OnlineEM) else learner._parameters
+    parameters = learner._parameters
     if parameters is None:
         raise ValueError("there are statistics but no parameters")
     shapes = bound.e_step(parameters, Batch(np.empty((len(schema), 0)), schema))

@@ -400,6 +400,7 @@ HYPERPARAMETERS: dict[type, dict[str, tuple[Callable[..., list[float]], Any, Any
     },
     Gaussian: {
         "covariance_type": (lambda covariance_type: in_batch(Mixture(Gaussian(covariance_type), 3)), "full", "tied"),
+        "reg_covar": (lambda reg_covar: in_batch(Mixture(Gaussian(reg_covar=reg_covar), 3)), 0.0, 0.1),
     },
     RobbinsMonro: {
         "alpha": (lambda alpha: online(schedule=RobbinsMonro(alpha)), 0.6, 0.9),

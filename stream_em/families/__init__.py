@@ -11,10 +11,12 @@ from stream_em.families.categorical import Categorical
 from stream_em.families.exponential import Exponential
 from stream_em.families.gaussian import CovarianceType, Gaussian
 from stream_em.families.poisson import Poisson
-from stream_em.families.product import Product
+from stream_em.families.product import OF_KIND, Product
 from stream_em.schema import Schema
 
 __all__ = [
+    "BY_NAME",
+    "OF_KIND",
     "Bernoulli",
     "Categorical",
     "Exponential",
@@ -37,19 +39,12 @@ BY_NAME: dict[str, type[Family]] = {
 }
 NAMES = {family: name for name, family in BY_NAME.items()}
 
-OF_KIND: dict[str, type[Family]] = {
-    "category": Categorical,
-    "flag": Bernoulli,
-    "count": Poisson,
-    "duration": Exponential,
-}
-
 
 def automatic_family(schema: Schema, covariance_type: CovarianceType = "full") -> Family:
     """Return the family that suits the kinds of the fields; all numeric fields share one Gaussian.
 
     >>> automatic_family(Schema({"x": "numeric", "y": "numeric"}))
-    Gaussian(covariance_type='full')
+    Gaussian(covariance_type='full', reg_covar=0.0)
     >>> automatic_family(Schema({"x": "numeric", "clicks": "count"})).names
     ('x', 'clicks')
 
@@ -73,7 +68,7 @@ def specification_of_family(family: Family) -> dict[str, Any]:
         When the family is not one of this library's.
 
     >>> specification_of_family(Gaussian("diag"))
-    {'family': 'gaussian', 'covariance_type': 'diag'}
+    {'family': 'gaussian', 'covariance_type': 'diag', 'reg_covar': 0.0}
 
     """
     if isinstance(family, Product):
@@ -81,7 +76,7 @@ def specification_of_family(family: Family) -> dict[str, Any]:
             {"fields": [key] if isinstance(key, str) else list(key), **specification_of_family(one)}
             for key, one in family.families.items()
         ]
-        return {"family": "product", "factors": factors}
+        return {"family": "product", "factors": factors} | ({} if family.others is None else {"others": family.others})
     if type(family) not in NAMES:
         raise FamilyError(f"{type(family).__name__} is no family of this library, so it cannot be described as data")
     # What `bind` sets takes no part in comparisons.
@@ -109,7 +104,7 @@ def family_from_specification(specification: dict[str, Any]) -> Family:
             of_factor = dict(factor)
             names = tuple(of_factor.pop("fields"))
             families[names] = family_from_specification(of_factor)
-        return Product(families)
+        return Product(families, options.get("others"))
     if name not in BY_NAME:
         raise FamilyError(f"unknown family {name!r}, expected one of {', '.join([*BY_NAME, 'product'])}")
     try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -127,6 +128,17 @@ class Family(ABC):
     @abstractmethod
     def maximize(self, parts: Parts, prior: Any) -> Any:
         """Return the parameters that maximise the expected log-likelihood of the events and pseudo-events."""
+
+    def keep(self, new: Any, old: Any, kept: Mask) -> Any:
+        """Return the `new` parameters, but the `old` ones of the components that `kept` (K,) marks."""
+        of_old = self.arrays(old)
+        return replace(
+            new,
+            **{
+                name: np.where(kept.reshape(-1, *[1] * (array.ndim - 1)), of_old[name], array)
+                for name, array in self.arrays(new).items()
+            },
+        )
 
     @abstractmethod
     def log_prior(self, parameters: Any, prior: Any) -> float:

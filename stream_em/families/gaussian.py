@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import ClassVar, Literal, cast
 
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stream_em.families.base import Block, Family, FamilyError, Mask, Parts
-from stream_em.numerics import EPSILON, SMALLEST_WEIGHT, Array, cholesky, safe_divide
+from stream_em.numerics import EPSILON, SMALLEST_WEIGHT, Array, NumericalError, cholesky, safe_divide
 from stream_em.schema import Field
 from stream_em.statistics import Moments
 
@@ -23,6 +23,16 @@ LARGEST_SQUARED_OFFSET = 4e6
 
 # Below this a variance, and its products with others, would leave the range of doubles.
 SMALLEST_VARIANCE = 1e-200
+
+# A component whose covariance is to be shrunk is moved this far towards the pooled variances.
+SHRINKAGE = 0.01
+
+# Events that are all alike get this share of the pooled variances, so narrow that, should it have been the
+# rounding of statistics about a far point that made them alike, the next E-step takes them about their own mean.
+LEAST_SHARE_OF_POOLED = 1e-12
+
+# Pseudo-events below which the prior alone does not keep covariances well-defined.
+WEAK_PRIOR = 1e-9
 
 CovarianceType = Literal["full", "tied", "diag", "spherical"]
 COVARIANCE_TYPES: tuple[CovarianceType, ...] = ("full", "tied", "diag", "spherical")
@@ -52,7 +62,9 @@ class GaussianParameters:
     @cached_property
     def precision(self) -> Array:
         """Inverse covariances, (K, D, D) or (D, D)."""
-        return cast(Array, np.linalg.inv(self.covariance))
+        # By way of the factor, so that they are symmetric and no diagonal is negative, however flat the covariance.
+        inverse = cast(Array, np.linalg.inv(self.factor))
+        return cast(Array, np.matmul(inverse.swapaxes(-1, -2), inverse))
 
     @cached_property
     def root_precision(self) -> Array:
@@ -303,6 +315,22 @@ class _SeparateBlock(Block):
         return {"moments": Moments(field_weight, mean, scatter)}, better
 
 
+def _collinear(covariance: Array) -> npt.NDArray[np.bool_]:
+    """Return which matrices of a stack (..., D, D) are not safely positive definite.
+
+    Those beyond repair, whose products are rounding and nothing else, lose them in place.
+    """
+    dimension = covariance.shape[-1]
+    collinear = []
+    for matrix in covariance.reshape(-1, dimension, dimension):
+        try:
+            collinear.append(cholesky(matrix)[0] is not matrix)
+        except NumericalError:
+            collinear.append(True)
+            matrix[~np.eye(dimension, dtype=bool)] = 0.0
+    return np.array(collinear).reshape(covariance.shape[:-2])
+
+
 def _marginal_joint(parameters: GaussianParameters, keep: npt.NDArray[np.intp]) -> GaussianParameters:
     covariance = parameters.covariance[..., keep[:, None], keep]
     return GaussianParameters(parameters.mean[:, keep], covariance)
@@ -333,8 +361,14 @@ def pooled_moments(moments: Moments) -> tuple[Array, Array]:
     return mean, _positive_variance(mean, variance)
 
 
+def _rounding_of(mean: Array) -> Array:
+    """Variance that the rounding of values near `mean` may make."""
+    rounding: Array = np.maximum((256.0 * EPSILON**2) * mean * mean, SMALLEST_VARIANCE)
+    return rounding
+
+
 def _positive_variance(mean: Array, variance: Array) -> Array:
-    constant = variance <= np.maximum((256.0 * EPSILON**2) * mean * mean, SMALLEST_VARIANCE)
+    constant = variance <= _rounding_of(mean)
     if not constant.any():
         return variance
     unit = np.where(np.abs(mean) > np.sqrt(SMALLEST_VARIANCE), mean, 1.0)
@@ -351,12 +385,16 @@ class GaussianPrior:
         Number of pseudo-events.
     mean, variance
         (D,) of the pooled distribution that they come from, fields uncorrelated.
+    shrunk
+        (K,) components whose covariances are moved towards the pooled variances, well-defined or not; None for
+        none. Where that was needed once it stays, or EM would go round in circles.
 
     """
 
     weight: float
     mean: Array
     variance: Array
+    shrunk: npt.NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)
@@ -368,11 +406,14 @@ class Gaussian(Family):
     covariance_type
         "full": each component its own covariance; "tied": one covariance for all; "diag": each component
         its own variances; "spherical": each component one variance.
+    reg_covar
+        Added to each variance in every M-step, in squared units of the fields, finite and >= 0: what
+        scikit-learn means by it. A prior, which knows the scale of each field, is the better way.
 
     Raises
     ------
     FamilyError
-        When the covariance type is unknown.
+        When the covariance type is unknown or `reg_covar` is out of range.
 
     Notes
     -----
@@ -380,12 +421,17 @@ class Gaussian(Family):
     (Ghahramani & Jordan 1994, "Supervised learning from incomplete data via an EM approach"), otherwise by
     giving each field a weight of its own.
 
+    Where the prior is too weak to keep a covariance well-defined (the component holds one event, copies of
+    one, or events on a line), as little as possible is added to make it so, and `ill_defined` says where. Those
+    that the prior names as `shrunk` are moved a hundredth of the way to the pooled variances.
+
     >>> Gaussian(covariance_type="diag").n_parameters(n_fields=2, n_components=3)
     12
 
     """
 
     covariance_type: CovarianceType = "full"
+    reg_covar: float = 0.0
 
     kinds: ClassVar[frozenset[str]] = frozenset({"numeric", "flag", "count", "duration"})
 
@@ -394,6 +440,8 @@ class Gaussian(Family):
             raise FamilyError(
                 f"covariance_type={self.covariance_type!r}, expected one of {', '.join(COVARIANCE_TYPES)}"
             )
+        if not 0.0 <= self.reg_covar < np.inf:
+            raise FamilyError(f"reg_covar must be a finite variance >= 0, got {self.reg_covar!r}")
 
     @property
     def _is_joint(self) -> bool:
@@ -430,7 +478,47 @@ class Gaussian(Family):
     def maximize(self, parts: Parts, prior: GaussianPrior) -> GaussianParameters:  # noqa: D102
         moments = parts["moments"]
         assert isinstance(moments, Moments)
-        # The merge of the statistics with those of the pseudo-events, which all components share.
+        mean, covariance = self._estimate(moments, prior)
+        if prior.weight < WEAK_PRIOR:
+            covariance, factor, _ = self._well_defined(covariance, moments, prior)
+        elif self._is_joint:
+            covariance, factor = cholesky(covariance)
+        parameters = GaussianParameters(mean, covariance)
+        if self._is_joint:
+            # What `cholesky` had to compute anyway need not be computed again.
+            parameters.__dict__["factor"] = factor
+        return parameters
+
+    def ill_defined(self, parts: Parts, prior: GaussianPrior) -> npt.NDArray[np.bool_]:
+        """Return the components (K,) whose covariances `maximize` has to repair.
+
+        A tied covariance is that of all components.
+        """
+        moments = parts["moments"]
+        assert isinstance(moments, Moments)
+        if prior.weight >= WEAK_PRIOR:
+            return np.zeros(len(moments.mean), dtype=bool)
+        ill = self._well_defined(self._estimate(moments, prior)[1], moments, prior)[2]
+        return np.broadcast_to(ill, len(moments.mean))
+
+    def _well_defined(
+        self, covariance: Array, moments: Moments, prior: GaussianPrior
+    ) -> tuple[Array, Array | None, npt.NDArray[np.bool_]]:
+        """Return the covariances, repaired where they are ill-defined, their factors if they are joint, and where."""
+        flat = self._flat(moments, prior)
+        if flat.any():
+            self._add_variance(covariance, flat, LEAST_SHARE_OF_POOLED, prior)
+        if prior.shrunk is not None and prior.shrunk.any():
+            which = np.asarray(prior.shrunk.any()) if self.covariance_type == "tied" else prior.shrunk
+            covariance[which] *= 1.0 - SHRINKAGE
+            self._add_variance(covariance, which, SHRINKAGE, prior)
+        if not self._is_joint:
+            return covariance, None, flat
+        collinear = _collinear(covariance)
+        return *cholesky(covariance), flat | collinear
+
+    def _estimate(self, moments: Moments, prior: GaussianPrior) -> tuple[Array, Array]:
+        """Return means and covariances of the merge of the statistics with those of the pseudo-events."""
         total = moments.weight + prior.weight
         share = moments.weight / total
         deviation = moments.mean - prior.mean
@@ -440,8 +528,10 @@ class Gaussian(Family):
             scatter = moments.scatter + spread
             scatter += prior.weight * share * deviation * deviation
             if self.covariance_type == "spherical":
-                return GaussianParameters(mean, scatter.sum(axis=1) / total.sum(axis=1))
-            return GaussianParameters(mean, scatter / total)
+                variance = scatter.sum(axis=1) / total.sum(axis=1)
+            else:
+                variance = scatter / total
+            return mean, variance + self.reg_covar
         mean = prior.mean + share[:, None] * deviation
         between = (prior.weight * share)[:, None] * deviation
         if self.covariance_type == "tied":
@@ -455,11 +545,43 @@ class Gaussian(Family):
             diagonal = _diagonal(scatter)
             diagonal += spread
             scatter /= total[:, None, None]
-        covariance, factor = cholesky(scatter)
-        parameters = GaussianParameters(mean, covariance)
-        # What `cholesky` had to compute anyway need not be computed again.
-        parameters.__dict__["factor"] = factor
-        return parameters
+        if self.reg_covar:
+            diagonal += self.reg_covar
+        return mean, scatter
+
+    def _flat(self, moments: Moments, prior: GaussianPrior) -> npt.NDArray[np.bool_]:
+        """Return the components, (K,) or (), with events that are all alike in a field, up to rounding."""
+        weight, scatter = moments.weight, moments.scatter
+        rounding = _rounding_of(moments.mean)
+        if self.covariance_type == "tied":
+            weight, rounding = np.add.reduce(weight), np.maximum.reduce(rounding, axis=0)
+        if self._is_joint:
+            scatter, weight = _diagonal(scatter), weight[..., None]
+        if self.covariance_type == "spherical":
+            weight, scatter, rounding = (one.sum(axis=1, keepdims=True) for one in (weight, scatter, rounding))
+            rounding /= moments.mean.shape[1]
+        # A component that holds next to nothing is what the prior makes of it.
+        alike = (safe_divide(scatter, weight) + self.reg_covar <= rounding) & (weight > prior.weight)
+        flat: npt.NDArray[np.bool_] = np.logical_or.reduce(alike, axis=-1)
+        return flat
+
+    def _add_variance(
+        self, covariance: Array, which: npt.NDArray[np.bool_], share: float, prior: GaussianPrior
+    ) -> None:
+        """Add a share of the pooled variances to some covariances, in place."""
+        if self._is_joint:
+            diagonal = _diagonal(covariance)
+            diagonal[which] += share * prior.variance
+        else:
+            covariance[which] += share * (
+                prior.variance.mean() if self.covariance_type == "spherical" else prior.variance
+            )
+
+    def keep(self, new: GaussianParameters, old: GaussianParameters, kept: Mask) -> GaussianParameters:  # noqa: D102
+        if self.covariance_type != "tied":
+            kept_parameters: GaussianParameters = super().keep(new, old, kept)
+            return kept_parameters
+        return replace(new, mean=np.where(kept[:, None], old.mean, new.mean))
 
     def log_prior(self, parameters: GaussianParameters, prior: GaussianPrior) -> float:  # noqa: D102
         theta, constant = self.block(parameters, None).natural(prior.mean)

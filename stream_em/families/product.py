@@ -10,18 +10,31 @@ import numpy as np
 import numpy.typing as npt
 
 from stream_em.families.base import Block, Family, FamilyError, Mask, Parts
+from stream_em.families.bernoulli import Bernoulli
+from stream_em.families.categorical import Categorical
+from stream_em.families.exponential import Exponential
+from stream_em.families.gaussian import CovarianceType, Gaussian
+from stream_em.families.poisson import Poisson
 from stream_em.numerics import Array
 from stream_em.schema import KINDS, Field
-from stream_em.statistics import Part
+from stream_em.statistics import Part, Sums
 
 Rows = slice | npt.NDArray[np.intp]
+
+OF_KIND: dict[str, type[Family]] = {
+    "category": Categorical,
+    "flag": Bernoulli,
+    "count": Poisson,
+    "duration": Exponential,
+}
 
 
 @dataclass(frozen=True)
 class _Factor:
     """One family of a product, with the rows of the block that are its fields.
 
-    Its statistics are filed under its number, since field names may hold any character.
+    Its statistics are filed under its number, or the position of its field, since field names may hold any character
+    and neither changes when fields are added.
     """
 
     name: str
@@ -111,6 +124,9 @@ class Product(Family):
     ----------
     families
         Mapping of a field name, or a tuple of names that share one family, to the family.
+    others
+        Covariances of the Gaussian that the numeric fields without a family here share; a field of another kind gets
+        the family of its kind. Fields may then be added later on. None: every field must have a family here.
     factors
         The families with their fields; `bind` sets it from the schema.
 
@@ -123,17 +139,23 @@ class Product(Family):
     >>> product = Product({("x", "y"): Gaussian(), "country": Categorical()})
     >>> product.names
     ('x', 'y', 'country')
+    >>> bound = Product({}, others="diag").bind((Field("x", "numeric"), Field("clicks", "count")))
+    >>> [type(factor.family).__name__ for factor in bound.factors]
+    ['Gaussian', 'Poisson']
 
     """
 
     families: Mapping[str | tuple[str, ...], Family]
+    others: CovarianceType | None = None
     factors: tuple[_Factor, ...] = field(default=(), repr=False, compare=False)
 
     kinds: ClassVar[frozenset[str]] = frozenset(KINDS)
 
     def __post_init__(self) -> None:
-        if not self.families:
+        if not self.families and self.others is None:
             raise FamilyError("a product needs at least one family")
+        if self.others is not None:
+            Gaussian(self.others)
         for key, family in self.families.items():
             if isinstance(family, Product):
                 raise FamilyError(f"the family of {key!r} is itself a product; list its fields directly")
@@ -148,7 +170,7 @@ class Product(Family):
         object.__setattr__(self, "families", single)
 
     def __hash__(self) -> int:
-        return hash(tuple(self.families.items()))
+        return hash((tuple(self.families.items()), self.others))
 
     @property
     def _factors(self) -> tuple[_Factor, ...]:
@@ -158,21 +180,32 @@ class Product(Family):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of all the fields, in the order of the families."""
+        """Names of the fields that have a family of their own, in the order of the families."""
         return tuple(name for key in self.families for name in _names(key))
 
     def bind(self, fields: tuple[Field, ...]) -> Self:  # noqa: D102
         by_name = {one.name: (position, one) for position, one in enumerate(fields)}
         if missing := [name for name in self.names if name not in by_name]:
             raise FamilyError(f"the product has families for {missing}, which are no fields: {sorted(by_name)}")
-        if left := [name for name in by_name if name not in set(self.names)]:
-            raise FamilyError(f"the product has no family for the fields {left}")
-        factors = []
-        for index, (key, family) in enumerate(self.families.items()):
-            chosen = [by_name[name] for name in _names(key)]
-            of_factor = tuple(one for _, one in chosen)
-            positions = np.array([position for position, _ in chosen], dtype=np.intp)
-            factors.append(_Factor(str(index), family.bind(of_factor), of_factor, positions))
+        named = set(self.names)
+        left = [(position, one) for name, (position, one) in by_name.items() if name not in named]
+        if left and self.others is None:
+            raise FamilyError(
+                f"the product has no family for the fields {[one.name for _, one in left]}: name one, or say with "
+                "others= what the fields without one get"
+            )
+        factors = [
+            _factor(str(index), family, [by_name[name] for name in _names(key)])
+            for index, (key, family) in enumerate(self.families.items())
+        ]
+        if numeric := [(position, one) for position, one in left if one.kind == "numeric"]:
+            assert self.others is not None
+            factors.append(_factor("numeric", Gaussian(self.others), numeric))
+        factors += [
+            _factor(f"field{position}", OF_KIND[one.kind](), [(position, one)])
+            for position, one in left
+            if one.kind != "numeric"
+        ]
         return replace(self, factors=tuple(factors))
 
     def joint_fields(self, n_fields: int) -> Mask:  # noqa: D102
@@ -194,6 +227,9 @@ class Product(Family):
         return tuple(
             factor.family.maximize(_parts_of(parts, factor), of_prior) for factor, of_prior in zip(self._factors, prior)
         )
+
+    def keep(self, new: tuple[Any, ...], old: tuple[Any, ...], kept: Mask) -> tuple[Any, ...]:  # noqa: D102
+        return tuple(factor.family.keep(*pair, kept) for factor, pair in zip(self._factors, zip(new, old)))
 
     def log_prior(self, parameters: tuple[Any, ...], prior: tuple[Any, ...]) -> float:  # noqa: D102
         return sum(
@@ -242,16 +278,15 @@ class Product(Family):
     def grow(  # noqa: D102
         self, parts: Parts, old: tuple[Field, ...], new: tuple[Field, ...], pooled: tuple[Any, ...]
     ) -> Parts:
-        if len(new) > len(old):
-            raise FamilyError(
-                f"a product cannot take the new fields {[one.name for one in new[len(old) :]]}: it names the family "
-                'of each field; make the schema with unknown="ignore"'
-            )
         grown: dict[str, Any] = {}
         for factor, of_factor in zip(self._factors, pooled):
-            old_fields = tuple(old[position] for position in factor.positions)
-            new_fields = tuple(new[position] for position in factor.positions)
-            of_parts = factor.family.grow(_parts_of(parts, factor), old_fields, new_fields, of_factor)
+            old_fields = tuple(old[position] for position in factor.positions if position < len(old))
+            if old_fields:
+                of_parts = factor.family.grow(_parts_of(parts, factor), old_fields, factor.fields, of_factor)
+            else:
+                weights = parts["components"]
+                assert isinstance(weights, Sums)
+                of_parts = _never_held(factor, of_factor, weights.values)
             grown.update({f"{factor.name}/{name}": part for name, part in of_parts.items()})
         return grown
 
@@ -272,6 +307,19 @@ class Product(Family):
 
     def from_arrays(self, arrays: Mapping[str, Array]) -> tuple[Any, ...]:  # noqa: D102
         return tuple(factor.family.from_arrays(_parts_of(arrays, factor)) for factor in self._factors)
+
+
+def _factor(name: str, family: Family, chosen: list[tuple[int, Field]]) -> _Factor:
+    fields = tuple(one for _, one in chosen)
+    positions = np.array([position for position, _ in chosen], dtype=np.intp)
+    return _Factor(name, family.bind(fields), fields, positions)
+
+
+def _never_held(factor: _Factor, pooled: Any, weights: Array) -> Parts:
+    """Return the factor's statistics of events of these weights (K,) that held none of its fields."""
+    n_fields = len(factor.positions)
+    block = factor.family.block(pooled, np.zeros(n_fields, dtype=bool))
+    return block.collect(np.zeros((len(weights), block.n_features)), weights, np.zeros((1, n_fields)))[0]
 
 
 def _names(key: str | tuple[str, ...]) -> tuple[str, ...]:

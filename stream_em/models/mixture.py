@@ -198,7 +198,13 @@ class Mixture:
         """Return the log-density (B,) of each event."""
         return self.posterior(parameters, batch).log_prob
 
-    def m_step(self, statistics: Statistics, prior: Any = None) -> MixtureParameters:
+    def m_step(
+        self,
+        statistics: Statistics,
+        prior: Any = None,
+        *,
+        kept: tuple[MixtureParameters, npt.NDArray[np.bool_]] | None = None,
+    ) -> MixtureParameters:
         """Return the posterior mode of the parameters given the statistics.
 
         Parameters
@@ -207,13 +213,19 @@ class Mixture:
             Expected sufficient statistics of any number of events.
         prior
             What `prior` returned, by default for these very statistics.
+        kept
+            Earlier parameters, and which components (K,) keep theirs but for the weight.
 
         """
         if prior is None:
             prior = self.prior(statistics)
         weights = statistics.weights + self.prior_weight
         weights /= np.add.reduce(weights)
-        return MixtureParameters(weights, self.family.maximize(statistics.parts, prior), statistics.component_ids)
+        components = self.family.maximize(statistics.parts, prior)
+        if kept is not None:
+            earlier, which = kept
+            components = self.family.keep(components, earlier.components, which)
+        return MixtureParameters(weights, components, statistics.component_ids)
 
     def prior(self, statistics: Statistics) -> Any:
         """Return the prior of the components, on the scale of the data that these statistics describe."""

@@ -1,0 +1,499 @@
+"""Compiled steps on a block of events: the same packed state, mini-batch by mini-batch.
+
+For Gaussian factors without missing values. A mini-batch costs what its arithmetic costs: two matrix products
+around a softmax, then a merge and an M-step, in one call and without holding Python's lock.
+"""
+
+# mypy: disable-error-code="no-any-return"
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+from numba import types
+
+from stream_em.compiled import (
+    BATCH_SIZE,
+    CONSTANT,
+    FACTOR,
+    FIRST,
+    FULL,
+    HEADER,
+    KIND,
+    LOCATION,
+    LOG_LIKELIHOOD,
+    MEAN,
+    N_COMPONENTS,
+    N_EVENTS,
+    N_FACTORS,
+    N_UPDATES,
+    POOLED_MEAN,
+    POOLED_SCATTER,
+    POOLED_WEIGHT,
+    PRIOR_WEIGHT,
+    ROOT,
+    ROW,
+    SCALE,
+    SCATTER,
+    SHARES,
+    SIZE,
+    SMALLEST_SCALE,
+    SPREAD,
+    STATE_WEIGHT,
+    TOTAL_WEIGHT,
+    VECTOR,
+    WEIGHT,
+    WEIGHTS,
+    WORK,
+    _maximize,
+    _measure_span,
+    _retention,
+    at,
+    compiled,
+    compiled_in_order,
+    entry,
+)
+from stream_em.families.gaussian import LARGEST_SQUARED_OFFSET
+from stream_em.numerics import EPSILON, LOG_RESPONSIBILITY_FLOOR, SMALLEST_WEIGHT, Array
+
+MATRIX = types.Array(types.float64, 2, "C")
+
+# Events taken through features, softmax and sums at once, so that they stay near the core.
+CHUNK = 1024
+
+LOG2_E = 1.4426950408889634
+LN2_HIGH, LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
+# Adding 1.5 * 2^52 leaves no bits for a fraction: the sum is rounded to a whole number, in its lowest bits.
+ROUNDING_SHIFT = 6755399441055744.0
+SQRT_HALF_BITS = int(np.float64(0.5**0.5).view(np.int64))
+
+
+@compiled_in_order
+def _exponentiate(values: Array, scratch: Array) -> None:
+    """Replace values <= 0 by their exponentials, to the last digit and without a call for each.
+
+    exp(v) = 2^k exp(r) with |r| <= log(2) / 2, where the Taylor series to the 13th power is exact to rounding.
+    """
+    for i in range(len(values)):
+        value = max(values[i], LOG_RESPONSIBILITY_FLOOR)
+        shifted = value * LOG2_E + ROUNDING_SHIFT
+        k = shifted - ROUNDING_SHIFT
+        r = (value - k * LN2_HIGH) - k * LN2_LOW
+        series = 1.6059043836821613e-10
+        series = series * r + 2.08767569878681e-09
+        series = series * r + 2.505210838544172e-08
+        series = series * r + 2.755731922398589e-07
+        series = series * r + 2.7557319223985893e-06
+        series = series * r + 2.48015873015873e-05
+        series = series * r + 1.984126984126984e-04
+        series = series * r + 1.3888888888888889e-03
+        series = series * r + 8.333333333333333e-03
+        series = series * r + 4.1666666666666664e-02
+        series = series * r + 1.6666666666666666e-01
+        series = series * r + 0.5
+        values[i] = (series * r * r + r) + 1.0
+        scratch[i] = shifted
+    bits, exponents = values.view(np.int64), scratch.view(np.int64)
+    for i in range(len(values)):
+        bits[i] += exponents[i] << 52
+
+
+@compiled_in_order
+def _take_logarithm(values: Array) -> None:
+    """Replace normal values > 0 by their logarithms, without a call for each.
+
+    With v = 2^k m and m in [sqrt(1/2), sqrt(2)), log(m) = 2 artanh((m - 1) / (m + 1)), whose series is exact to
+    rounding at the 21st power.
+    """
+    bits = values.view(np.int64)
+    for i in range(len(values)):
+        # The bits from that of sqrt(1/2) on count up to the next power of two there.
+        above = bits[i] - SQRT_HALF_BITS
+        k = above >> 52
+        bits[i] -= k << 52
+        mantissa = values[i]
+        t = (mantissa - 1.0) / (mantissa + 1.0)
+        square = t * t
+        series = 1.0 / 21.0
+        series = series * square + 1.0 / 19.0
+        series = series * square + 1.0 / 17.0
+        series = series * square + 1.0 / 15.0
+        series = series * square + 1.0 / 13.0
+        series = series * square + 1.0 / 11.0
+        series = series * square + 1.0 / 9.0
+        series = series * square + 1.0 / 7.0
+        series = series * square + 1.0 / 5.0
+        series = series * square + 1.0 / 3.0
+        log_mantissa = 2.0 * (t + t * (square * series))
+        values[i] = k * LN2_HIGH + (k * LN2_LOW + log_mantissa)
+
+
+@compiled
+def _precision(state: Array, row: int, component: int, inverse: int, precision: int) -> None:
+    """Write the inverse of a covariance from its Cholesky factor, by way of the factor's inverse."""
+    size = int(state[row + SIZE])
+    factor = int(state[row + FACTOR]) + component * size * size
+    root = int(state[row + ROOT]) + component * size
+    for j in range(size):
+        state[at(inverse + j * size + j)] = state[at(root + j)]
+        for i in range(j + 1, size):
+            value = 0.0
+            for m in range(j, i):
+                value -= state[at(factor + i * size + m)] * state[at(inverse + m * size + j)]
+            state[at(inverse + i * size + j)] = value * state[at(root + i)]
+    for i in range(size):
+        for j in range(i + 1):
+            value = 0.0
+            for m in range(i, size):
+                value += state[at(inverse + m * size + i)] * state[at(inverse + m * size + j)]
+            state[at(precision + i * size + j)] = value
+            state[at(precision + j * size + i)] = value
+
+
+@compiled
+def _full_coefficients(state: Array, row: int, component: int, theta: Array, start: int) -> float:
+    """Write the coefficients of products and fields about the pooled mean; return the constant.
+
+    NaN where the expanded square would lose digits: the component is far away, or its fields nearly collinear.
+    """
+    size = int(state[row + SIZE])
+    inverse = int(state[WORK]) + 3 * size
+    precision = inverse + size * size
+    _precision(state, row, component, inverse, precision)
+    location, center = int(state[row + LOCATION]) + component * size, int(state[row + POOLED_MEAN])
+    spread = int(state[row + SPREAD]) + component * size * size
+    limit = LARGEST_SQUARED_OFFSET / size
+    constant, distance, place = state[at(int(state[row + CONSTANT]) + component)], 0.0, start
+    products = size * (size + 1) // 2
+    for i in range(size):
+        diagonal = state[at(precision + i * size + i)]
+        offset = state[at(location + i)] - state[at(center + i)]
+        distance += offset * offset * diagonal
+        if diagonal * state[at(spread + i * size + i)] > limit:
+            return np.nan
+        linear = 0.0
+        for j in range(size):
+            other = state[at(location + j)] - state[at(center + j)]
+            linear += state[at(precision + i * size + j)] * other
+        theta[component, start + products + i] = linear
+        constant -= 0.5 * offset * linear
+        theta[component, place] = -0.5 * diagonal
+        for j in range(i + 1, size):
+            theta[component, place + j - i] = -state[at(precision + i * size + j)]
+        place += size - i
+    return constant if distance <= limit else np.nan
+
+
+@compiled
+def _separate_coefficients(state: Array, row: int, component: int, theta: Array, start: int) -> float:
+    size = int(state[row + SIZE])
+    location, center = int(state[row + LOCATION]) + component * size, int(state[row + POOLED_MEAN])
+    precision, constants = int(state[row + ROOT]) + component * size, int(state[row + CONSTANT]) + component * size
+    constant, distance = 0.0, 0.0
+    for i in range(size):
+        offset, inverse = state[at(location + i)] - state[at(center + i)], state[at(precision + i)]
+        theta[component, start + i] = -0.5 * inverse
+        theta[component, start + size + i] = offset * inverse
+        constant += state[at(constants + i)] - 0.5 * offset * offset * inverse
+        distance += offset * offset * inverse
+    return constant if distance <= LARGEST_SQUARED_OFFSET else np.nan
+
+
+@compiled
+def _coefficients(state: Array, theta: Array) -> bool:
+    """Write the coefficients of the log-joint in the features; return whether they keep enough digits."""
+    n_components, weights = int(state[N_COMPONENTS]), int(state[WEIGHTS])
+    pseudo, everything = state[PRIOR_WEIGHT] / state[SCALE], 0.0
+    for component in range(n_components):
+        everything += state[at(weights + component)] + pseudo
+    for component in range(n_components):
+        constant, start = math.log((state[at(weights + component)] + pseudo) / everything), 0
+        for index in range(int(state[N_FACTORS])):
+            row = HEADER + index * ROW
+            size = int(state[row + SIZE])
+            if int(state[row + KIND]) == FULL:
+                constant += _full_coefficients(state, row, component, theta, start)
+                start += size * (size + 3) // 2
+            else:
+                constant += _separate_coefficients(state, row, component, theta, start)
+                start += 2 * size
+        if math.isnan(constant):
+            return False
+        theta[component, start] = constant
+    return True
+
+
+@compiled
+def _write_features(state: Array, values: Array, first: int, features: Array) -> None:
+    """Write squares or products, then the fields, about the pooled mean; the last row is 1."""
+    start, n_events = 0, features.shape[1]
+    for index in range(int(state[N_FACTORS])):
+        row = HEADER + index * ROW
+        size, field, center = int(state[row + SIZE]), int(state[row + FIRST]), int(state[row + POOLED_MEAN])
+        full = int(state[row + KIND]) == FULL
+        linear = start + (size * (size + 1) // 2 if full else size)
+        for i in range(size):
+            source, target, middle = values[field + i], features[linear + i], state[at(center + i)]
+            for event in range(n_events):
+                target[event] = source[first + event] - middle
+        place = start
+        for i in range(size):
+            for j in range(i, size if full else i + 1):
+                one, other, target = features[linear + i], features[linear + j], features[place]
+                for event in range(n_events):
+                    target[event] = one[event] * other[event]
+                place += 1
+        start = linear + size
+    ones = features[start]
+    for event in range(n_events):
+        ones[event] = 1.0
+
+
+@compiled
+def _respond(shares: Array, log_prob: Array, scratch: Array) -> None:
+    """Turn log-joints (K, B) into responsibilities in place, and write the log-sum-exp (B,)."""
+    n_components, n_events = shares.shape
+    largest, total = scratch[0], scratch[1]
+    for event in range(n_events):
+        largest[event] = shares[0, event]
+        total[event] = 0.0
+    for component in range(1, n_components):
+        row = shares[component]
+        for event in range(n_events):
+            largest[event] = max(largest[event], row[event])
+    for component in range(n_components):
+        row = shares[component]
+        for event in range(n_events):
+            row[event] -= largest[event]
+        _exponentiate(row, scratch[2])
+        for event in range(n_events):
+            total[event] += row[event]
+    for event in range(n_events):
+        log_prob[event] = total[event]
+        total[event] = 1.0 / total[event]
+    _take_logarithm(log_prob)
+    for event in range(n_events):
+        log_prob[event] += largest[event]
+    for component in range(n_components):
+        row = shares[component]
+        for event in range(n_events):
+            row[event] *= total[event]
+
+
+@compiled
+def _find_winners(shares: Array, scratch: Array, winners: Array) -> None:
+    """Write the position (B,) of the largest responsibility of each event, the first of equals."""
+    n_components, n_events = shares.shape
+    largest = scratch[0]
+    for event in range(n_events):
+        largest[event] = shares[0, event]
+        winners[event] = 0
+    for component in range(1, n_components):
+        row = shares[component]
+        for event in range(n_events):
+            if row[event] > largest[event]:
+                largest[event] = row[event]
+                winners[event] = component
+
+
+@compiled
+def _keeps_digits(state: Array, sums: Array) -> bool:
+    """Whether no component's variance drowned in the rounding of its offset from the pooled mean."""
+    n_components, n_columns = sums.shape
+    start = 0
+    for index in range(int(state[N_FACTORS])):
+        row = HEADER + index * ROW
+        size, full = int(state[row + SIZE]), int(state[row + KIND]) == FULL
+        linear = start + (size * (size + 1) // 2 if full else size)
+        square = start
+        for i in range(size):
+            total, first, second = SMALLEST_WEIGHT, 0.0, 0.0
+            for component in range(n_components):
+                total += sums[component, n_columns - 1]
+                first += sums[component, linear + i]
+                second += sums[component, square]
+            pooled = max(second / total - (first / total) ** 2, 0.0)
+            for component in range(n_components):
+                weight = sums[component, n_columns - 1]
+                if weight <= SMALLEST_WEIGHT:
+                    continue
+                squared = (sums[component, linear + i] / weight) ** 2
+                variance = max(sums[component, square] / weight - squared, 0.0)
+                # Against the whole range of the block a variance of 0 is as good as one of 1e-15.
+                if EPSILON * squared > 1e-9 * variance + 1e-15 * pooled:
+                    return False
+            square += size - i if full else 1
+        start = linear + size
+    return True
+
+
+@compiled
+def _absorb_sums(state: Array, sums: Array) -> None:
+    """Merge sums of features about the pooled mean into statistics, then into pooled statistics."""
+    n_components, n_columns = sums.shape
+    weights, start = int(state[WEIGHTS]), 0
+    inverse_scale = 1.0 / state[SCALE]
+    for index in range(int(state[N_FACTORS])):
+        row = HEADER + index * ROW
+        size, full = int(state[row + SIZE]), int(state[row + KIND]) == FULL
+        linear = start + (size * (size + 1) // 2 if full else size)
+        center, delta = int(state[row + POOLED_MEAN]), int(state[WORK])
+        for component in range(n_components):
+            weight = sums[component, n_columns - 1]
+            if weight <= 0.0:
+                continue
+            new, old = weight * inverse_scale, state[at(weights + component)]
+            share = new / (old + new)
+            mean = int(state[row + MEAN]) + component * size
+            for i in range(size):
+                offset = sums[component, linear + i] / weight
+                state[at(delta + i)] = state[at(center + i)] + offset - state[at(mean + i)]
+            square = start
+            for i in range(size):
+                offset = sums[component, linear + i] / weight
+                for j in range(i, size if full else i + 1):
+                    within = sums[component, square] - offset * sums[component, linear + j]
+                    if i == j:
+                        within = max(within, 0.0)
+                    between = old * share * state[at(delta + i)] * state[at(delta + j)]
+                    place = (component * size + j) * size + i if full else component * size + i
+                    state[at(int(state[row + SCATTER]) + place)] += within * inverse_scale + between
+                    square += 1
+            for i in range(size):
+                state[at(mean + i)] += share * state[at(delta + i)]
+                if not full:
+                    state[at(int(state[row + WEIGHT]) + component * size + i)] += new
+        square = start
+        for i in range(size):
+            weight, first, second = 0.0, 0.0, 0.0
+            for component in range(n_components):
+                weight += sums[component, n_columns - 1]
+                first += sums[component, linear + i]
+                second += sums[component, square]
+            square += size - i if full else 1
+            new = weight * inverse_scale
+            total = state[at(int(state[row + POOLED_WEIGHT]) + i)] + new
+            share = new / total
+            # The old pooled mean is the origin of the features.
+            offset = first / weight
+            between = (total - new) * share * offset * offset
+            within = max(second - offset * first, 0.0)
+            state[at(int(state[row + POOLED_WEIGHT]) + i)] = total
+            state[at(int(state[row + POOLED_SCATTER]) + i)] += within * inverse_scale + between
+        for i in range(size):
+            weight, first = 0.0, 0.0
+            for component in range(n_components):
+                weight += sums[component, n_columns - 1]
+                first += sums[component, linear + i]
+            state[at(center + i)] += first * inverse_scale / state[at(int(state[row + POOLED_WEIGHT]) + i)]
+        start = linear + size
+    for component in range(n_components):
+        state[at(weights + component)] += sums[component, n_columns - 1] * inverse_scale
+
+
+@entry
+def step_block(
+    state: Array,
+    values: Array,
+    weight: Array,
+    theta: Array,
+    memory: Array,
+    log_prob: Array,
+    responsibilities: Array,
+    winners: Array,
+) -> float:
+    """Learn from a mini-batch, and write what was thought of each event before.
+
+    Parameters
+    ----------
+    state
+        The vector.
+    values
+        (D, B) in the order of the factors' fields, nothing missing.
+    weight
+        (B,) weights, or empty when all are 1.
+    theta
+        (K, Q + 1) scratch for the coefficients of the Q features.
+    memory
+        Scratch for a chunk of events: Q + 1 + K + 3 rows.
+    log_prob
+        (B,) log-densities, written.
+    responsibilities, winners
+        (K, B) and (B,), written, unless they are empty.
+
+    Returns
+    -------
+    log_likelihood
+        NaN when the block asks for more care than this code takes: nothing was learned then. Infinity when a
+        covariance could not be factorized: the statistics are then right, the parameters are not.
+
+    """
+    n_components, n_columns = theta.shape
+    n_events = values.shape[1]
+    if not _coefficients(state, theta):
+        return np.nan
+    sums, part = np.zeros((n_components, n_columns)), np.empty((n_components, n_columns))
+    log_likelihood, total_weight = 0.0, 0.0
+    for first in range(0, n_events, CHUNK):
+        length = min(CHUNK, n_events - first)
+        a, b = n_columns * length, (n_columns + n_components) * length
+        features = memory[:a].reshape(n_columns, length)
+        shares = memory[a:b].reshape(n_components, length)
+        scratch = memory[b : b + 3 * length].reshape(3, length)
+        _write_features(state, values, first, features)
+        np.dot(theta, features, shares)
+        told = log_prob[first : first + length]
+        _respond(shares, told, scratch)
+        if len(winners):
+            _find_winners(shares, scratch, winners[first : first + length])
+            for component in range(n_components):
+                for event in range(length):
+                    responsibilities[component, first + event] = shares[component, event]
+        if len(weight):
+            for event in range(length):
+                log_likelihood += weight[first + event] * told[event]
+                total_weight += weight[first + event]
+            for component in range(n_components):
+                for event in range(length):
+                    shares[component, event] *= weight[first + event]
+        else:
+            total_weight += length
+            for event in range(length):
+                log_likelihood += told[event]
+        np.dot(shares, features.T, part)
+        for component in range(n_components):
+            for column in range(n_columns):
+                sums[component, column] += part[component, column]
+    seen, all_weight = state[N_EVENTS] + n_events, state[TOTAL_WEIGHT] + total_weight
+    retention = _retention(state, seen, all_weight, total_weight)
+    scale = state[SCALE] * retention
+    if not (scale >= SMALLEST_SCALE and total_weight > 0.0 and math.isfinite(log_likelihood)):
+        return np.nan
+    if not _keeps_digits(state, sums):
+        return np.nan
+    state[SCALE] = scale
+    _absorb_sums(state, sums)
+    whole_batch = math.floor(seen / state[BATCH_SIZE]) > math.floor(state[N_EVENTS] / state[BATCH_SIZE])
+    state[STATE_WEIGHT] = retention * state[STATE_WEIGHT] + total_weight
+    state[LOG_LIKELIHOOD] = retention * state[LOG_LIKELIHOOD] + log_likelihood
+    state[N_EVENTS], state[TOTAL_WEIGHT] = seen, all_weight
+    state[N_UPDATES] += 1.0
+    for component in range(n_components):
+        state[at(int(state[SHARES]) + component)] = sums[component, n_columns - 1] / total_weight
+    safe = _maximize(state, total_weight, whole_batch, None)
+    if whole_batch:
+        _measure_span(state)
+    return log_likelihood if safe else np.inf
+
+
+@cache
+def compiled_step_block() -> Callable[..., float]:
+    """Return `step_block`, compiled or loaded from disk."""
+    positions = types.Array(types.int64, 1, "C")
+    step_block.compile((VECTOR, MATRIX, VECTOR, MATRIX, VECTOR, VECTOR, MATRIX, positions))
+    (found,) = step_block.signatures
+    entry_point: Callable[..., float] = step_block.overloads[found].entry_point
+    return entry_point

@@ -1,0 +1,127 @@
+"""Mini-batches through compiled code agree with NumPy, and hand over to it where they must."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import CASES, assert_statistics_close, draw_batch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stream_em import Batch, Constant, Gaussian, Harmonic, Mixture, OnlineEM, Product, RobbinsMonro, Schema
+from stream_em.block_kernel import BlockKernel
+from stream_em.schedules import StepSize
+from stream_em.store import to_bytes
+
+SCHEMA = Schema({"u": "numeric", "x": "numeric", "v": "numeric", "y": "numeric"})
+FAMILIES = {
+    "full": Gaussian("full"),
+    "diag": Gaussian("diag"),
+    "spherical": Gaussian("spherical"),
+    "mixed": Product({("x", "y"): Gaussian("full"), "u": Gaussian("diag"), "v": Gaussian("full", reg_covar=0.1)}),
+}
+every_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+def draw(n_events: int, seed: int, *, weighted: bool = False) -> Batch:
+    generator = np.random.default_rng(seed)
+    centers = np.array([[0.0, 0.0, 5.0, 1.0], [4.0, -3.0, 5.0, 1.0], [4.0, 6.0, -2.0, 1e3]])
+    values = centers[generator.integers(3, size=n_events)] + generator.normal(size=(n_events, 4)) * [1, 2, 0.1, 5]
+    weight = generator.exponential(size=n_events) * generator.integers(2, size=n_events) if weighted else None
+    return SCHEMA.encode(values, weight)
+
+
+def ready(name: str, **options: Any) -> OnlineEM:
+    model = Mixture(FAMILIES[name], 3)
+    return OnlineEM(model, schema=SCHEMA, warm_up=200, seed=1, **options).update(draw(400, 0))
+
+
+def blocks_of(learner: OnlineEM) -> BlockKernel:
+    kernel = learner.kernel()
+    assert kernel is not None
+    return kernel.blocks
+
+
+@every_family
+@settings(max_examples=6)
+@given(
+    sizes=st.lists(st.integers(1, 2_500), min_size=1, max_size=3),
+    seed=st.integers(0, 10**6),
+    schedule=st.sampled_from([Harmonic(), RobbinsMonro(0.8), Constant(0.3)]),
+    weighted=st.booleans(),
+)
+def test_mini_batches_agree_with_numpy(
+    name: str, sizes: list[int], seed: int, schedule: StepSize, weighted: bool
+) -> None:
+    compiled, reference = (ready(name, schedule=schedule, batch_size=1_500) for _ in range(2))
+    for number, size in enumerate(sizes):
+        batch = draw(size, seed + number, weighted=weighted)
+        assert blocks_of(compiled)
+        found, wanted = compiled.predict_then_update(batch), reference.predict_then_update(batch)
+        np.testing.assert_allclose(found.log_prob, wanted.log_prob, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(found.responsibilities, wanted.responsibilities, atol=1e-9)
+        assert np.array_equal(found.component, wanted.component)
+    assert compiled.statistics is not None
+    assert reference.statistics is not None
+    assert_statistics_close(compiled.statistics, reference.statistics)
+    family = reference.model.bind(SCHEMA).family
+    arrays = family.arrays(compiled.parameters.components)
+    for key, array in family.arrays(reference.parameters.components).items():
+        np.testing.assert_allclose(arrays[key], array, rtol=1e-9, atol=1e-9 * np.abs(array).max(), err_msg=key)
+
+
+def test_the_usual_mini_batch_is_learned_in_compiled_code() -> None:
+    learner = ready("mixed")
+    assert blocks_of(learner).learn(draw(1_000, 5), keep=False) is not None
+    assert learner.n_events == 1_400
+
+
+@pytest.mark.parametrize("cause", ["missing", "far", "no events", "no weight"])
+def test_what_asks_for_care_changes_nothing_in_compiled_code_and_is_learned_in_numpy(cause: str) -> None:
+    learner, reference = ready("full"), ready("full")
+    batch = draw(300, 5)
+    values, weight = batch.values.copy(), None
+    if cause == "missing":
+        values[1, 7] = np.nan
+    elif cause == "far":
+        values += 1e9
+    elif cause == "no weight":
+        weight = np.zeros(300)
+    odd = Batch(values[:, :0] if cause == "no events" else values, SCHEMA, weight)
+    blocks, before = blocks_of(learner), to_bytes(learner)
+    assert blocks.learn(odd, keep=True) is None
+    assert to_bytes(learner) == before
+    learner.update(odd).update(batch)
+    reference.update(odd).update(batch)
+    assert learner.statistics is not None
+    assert reference.statistics is not None
+    assert_statistics_close(learner.statistics, reference.statistics)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "gaussian" not in name] + ["gaussian_tied"])
+def test_other_families_are_learned_in_numpy(name: str) -> None:
+    case = CASES[name]
+    learner = OnlineEM(Mixture(case.family, 2), schema=case.schema, warm_up=50).update(draw_batch(case, 100, 0))
+    assert blocks_of(learner).learn(draw_batch(case, 50, 1), keep=True) is None
+
+
+def test_a_failed_update_takes_earlier_pieces_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = ready("full", batch_size=100)
+    blocks = blocks_of(learner)
+    before = to_bytes(learner)
+    blocks_of(learner)
+    learn, calls = blocks.learn, []
+
+    def interrupted(batch: Batch, *, keep: bool) -> Any:
+        calls.append(batch)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return learn(batch, keep=keep)
+
+    monkeypatch.setattr(blocks, "learn", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        learner.update(draw(500, 3))
+    assert len(calls) == 3
+    assert to_bytes(learner) == before
