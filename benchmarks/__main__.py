@@ -6,10 +6,16 @@ import argparse
 import datetime
 from pathlib import Path
 
-from benchmarks import detection, files, iteration, startup
+from benchmarks import detection, files, iteration, sklearn_door, startup
 from benchmarks.measure import machine
 
-SECTIONS = {"iteration": iteration.run, "startup": startup.run, "detection": detection.run, "files": files.run}
+SECTIONS = {
+    "iteration": iteration.run,
+    "startup": startup.run,
+    "detection": detection.run,
+    "files": files.run,
+    "sklearn": sklearn_door.run,
+}
 
 
 def main() -> None:

@@ -1,0 +1,302 @@
+"""Mixtures of any family over frames of mixed types."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from numbers import Integral, Real
+from typing import Any, ClassVar, Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from sklearn.utils import check_random_state
+from sklearn.utils._param_validation import Interval
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from stream_em.describe import ComponentDescription
+from stream_em.families import BY_NAME, Family, Product, automatic_family
+from stream_em.families.gaussian import CovarianceType
+from stream_em.learners import FittedMixture, Iteration
+from stream_em.models import Mixture, MixtureParameters
+from stream_em.schema import Batch, Field, Kind, Schema, in_memory
+from stream_em.sklearn.base import BaseMixture
+
+
+class MixtureModel(BaseMixture):
+    """Mixture over the columns of a frame, each column with a family that suits its type.
+
+    Numbers are jointly Gaussian, strings and categoricals categorical, booleans Bernoulli; `families` says
+    otherwise, for example that whole numbers are Poisson counts. Within a component columns of different
+    families are independent.
+
+    Parameters
+    ----------
+    n_components : int, default=1
+        The number of mixture components.
+    families : mapping, default=None
+        Families by column name: 'gaussian', 'poisson' (counts), 'exponential' (durations), 'bernoulli' (flags),
+        'categorical', or a family such as `stream_em.Gaussian("diag")`. A tuple of names gives these columns
+        one family together. The columns of an array are called x0, x1 and so on.
+    covariance_type : {'full', 'tied', 'diag', 'spherical'}, default='full'
+        Covariance of the numeric columns.
+    prior_weight : float, default=0.01
+        Pseudo-samples of the pooled data that each component is given, > 0: raise it for anomaly detection.
+    max_categories : int, default=32
+        A column's vocabulary grows up to this many categories; those after are 'other'.
+    tol : float, default=1e-3
+        EM stops when the mean log-posterior of a sample changes by less.
+    max_iter, n_init, init_params, random_state, warm_start, verbose, verbose_interval
+        As in `GaussianMixture`.
+    step_size, step_exponent, step_offset, batch_size, warm_up, n_jobs
+        As in `GaussianMixture`.
+
+    Attributes
+    ----------
+    weights_ : ndarray of shape (n_components,)
+        The weight of each component.
+    family_ : Family
+        The family that was chosen for the columns.
+    parameters_ : object
+        The family's parameters; `describe` tells them in the columns' own terms.
+    converged_, n_iter_, lower_bound_, lower_bounds_, n_samples_seen_, n_features_in_, feature_names_in_
+        As in `GaussianMixture`; the lower bound is the mean log-posterior up to a constant.
+
+    See Also
+    --------
+    GaussianMixture : A drop-in for scikit-learn's.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from stream_em.sklearn import MixtureModel
+    >>> visits = pd.DataFrame({"country": ["DE", "DE", "FR", "FR"] * 25, "clicks": [1, 2, 30, 33] * 25})
+    >>> model = MixtureModel(2, families={"clicks": "poisson"}, random_state=0).fit(visits)
+    >>> sorted(part.fields[0].text for part in model.describe())
+    ["'DE' 100%", "'FR' 100%"]
+    >>> model.predict_proba(pd.DataFrame({"country": [None], "clicks": [31]})).max().round(3)
+    np.float64(1.0)
+
+    """
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **BaseMixture._parameter_constraints,
+        "families": [Mapping, None],
+        "prior_weight": [Interval(Real, 0.0, None, closed="neither")],
+        "max_categories": [Interval(Integral, 1, None, closed="left")],
+    }
+    _regularizer = "prior_weight"
+
+    def __init__(
+        self,
+        n_components: int = 1,
+        *,
+        families: Mapping[Any, str | Family] | None = None,
+        covariance_type: CovarianceType = "full",
+        prior_weight: float = 0.01,
+        max_categories: int = 32,
+        tol: float = 1e-3,
+        max_iter: int = 100,
+        n_init: int = 1,
+        init_params: Literal["kmeans", "k-means++", "random", "random_from_data"] = "kmeans",
+        random_state: int | np.random.RandomState | None = None,
+        warm_start: bool = False,
+        verbose: int = 0,
+        verbose_interval: int = 10,
+        step_size: Literal["robbins-monro", "harmonic"] | float = "robbins-monro",
+        step_exponent: float = 0.6,
+        step_offset: float = 0.0,
+        batch_size: int = 1000,
+        warm_up: int | None = None,
+        n_jobs: int | None = None,
+    ) -> None:
+        self.n_components = n_components
+        self.families = families
+        self.covariance_type: CovarianceType = covariance_type
+        self.prior_weight = prior_weight
+        self.max_categories = max_categories
+        self.tol = tol
+        self.max_iter = max_iter
+        self.n_init = n_init
+        self.init_params = init_params
+        self.random_state = random_state
+        self.warm_start = warm_start
+        self.verbose = verbose
+        self.verbose_interval = verbose_interval
+        self.step_size = step_size
+        self.step_exponent = step_exponent
+        self.step_offset = step_offset
+        self.batch_size = batch_size
+        self.warm_up = warm_up
+        self.n_jobs = n_jobs
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.categorical = True
+        return tags
+
+    def _read(self, X: Any, *, reset: bool, learn: bool, least: int = 1) -> Batch:
+        from_frame = hasattr(X, "__arrow_c_stream__") or isinstance(X, pa.RecordBatch)
+        events: Any
+        if from_frame:
+            validate_data(self, X, reset=reset, skip_check_array=True)
+            if X.shape[0] < least:
+                raise ValueError(
+                    f"Found array with {X.shape[0]} sample(s) (shape={X.shape}) while a minimum of {least} is required "
+                    f"by {type(self).__name__}."
+                )
+            events = in_memory(X)
+        else:
+            events = validate_data(
+                self, X, reset=reset, dtype=np.float64, ensure_all_finite="allow-nan", ensure_min_samples=least
+            )
+        if reset:
+            self._from_frame = from_frame
+            return _encode(self._declared(events), events, extend=True)
+        return _encode(self._learner._known_schema(), events, extend=learn)
+
+    def _declared(self, events: Any) -> Schema:
+        """Return the columns with the kinds that their types and `families` give them."""
+        inferred = Schema.infer(events, max_categories=int(self.max_categories))
+        kinds: dict[str, Kind] = {}
+        for key, family in (self.families or {}).items():
+            for name in (key,) if isinstance(key, str) else key:
+                position = inferred.position(name)
+                kinds[name] = _kind_for(family, inferred.fields[position])
+        return Schema(
+            [
+                Field(one.name, kinds.get(one.name, one.kind), max_categories=one.max_categories)
+                for one in inferred.fields
+            ]
+        )
+
+    def _mixture(self, schema: Schema) -> Mixture:
+        chosen = {key: one for key, one in (self.families or {}).items() if isinstance(one, Family)}
+        taken = {name for key in chosen for name in ((key,) if isinstance(key, str) else key)}
+        rest = [one for one in schema.fields if one.name not in taken]
+        if chosen:
+            families: dict[Any, Family] = dict(chosen)
+            if rest:
+                others = automatic_family(Schema(rest), self.covariance_type)
+                names = tuple(one.name for one in rest)
+                families.update(others.families if isinstance(others, Product) else {names: others})
+            family: Family = Product(families)
+        else:
+            family = automatic_family(schema, self.covariance_type)
+        return Mixture(family, int(self.n_components), prior_weight=float(self.prior_weight))
+
+    def _bound(self, iteration: Iteration) -> float:
+        return iteration.objective
+
+    def _fitted(self) -> FittedMixture:
+        fitted: FittedMixture = self._learner
+        return FittedMixture(fitted.model, fitted.parameters, fitted.schema)
+
+    def _publish(self, parameters: MixtureParameters) -> None:
+        self.weights_ = parameters.weights
+        self.parameters_ = parameters.components
+        self.family_ = self._learner.model.family
+
+    def describe(self) -> list[ComponentDescription]:
+        """Return the components by falling weight, with the columns that set each apart.
+
+        Returns
+        -------
+        components : list of ComponentDescription
+            Each with `id`, `weight` and `fields` (`name`, `text`, `effect`), the most telling first.
+
+        """
+        check_is_fitted(self)
+        return self._fitted().describe()
+
+    def sample(self, n_samples: int = 1) -> tuple[Any, npt.NDArray[np.int64]]:
+        """Generate random samples from the fitted mixture.
+
+        Parameters
+        ----------
+        n_samples : int, default=1
+            Number of samples.
+
+        Returns
+        -------
+        X : ndarray of shape (n_samples, n_features) or pyarrow.Table
+            The samples: a table with the columns' own types where the mixture was fitted to a frame.
+        y : ndarray of shape (n_samples,)
+            Component labels.
+
+        """
+        check_is_fitted(self)
+        if n_samples < 1:
+            raise ValueError(f"Invalid value for 'n_samples': {n_samples} . The sampling requires at least one sample.")
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        table, components = self._fitted().sample(n_samples, seed=seed)
+        if self._from_frame:
+            return table, components
+        return np.column_stack([column.to_numpy().astype(np.float64) for column in table.columns]), components
+
+    def marginal(self, features: Sequence[str]) -> FittedMixture:
+        """Return the mixture over some of the columns, where all are Gaussian.
+
+        Parameters
+        ----------
+        features : sequence of str
+            Names of the columns.
+
+        Returns
+        -------
+        marginal : FittedMixture
+            A mixture at fixed parameters, with `log_prob`, `predict`, `sample` and so on.
+
+        """
+        check_is_fitted(self)
+        return self._fitted().marginal(features)
+
+    def conditional(self, given: Mapping[str, float]) -> FittedMixture:
+        """Return the mixture over the other columns given values of some, where all are Gaussian.
+
+        Parameters
+        ----------
+        given : mapping of str to float
+            Values by column name.
+
+        Returns
+        -------
+        conditional : FittedMixture
+            A mixture at fixed parameters, with `log_prob`, `predict`, `sample` and so on.
+
+        """
+        check_is_fitted(self)
+        return self._fitted().conditional(given)
+
+
+def _kind_for(family: str | Family, field: Field) -> Kind:
+    if isinstance(family, str):
+        if family not in BY_NAME:
+            raise ValueError(
+                f"the family of column {field.name!r} is {family!r}, expected one of "
+                f"{', '.join(map(repr, BY_NAME))}, or a family such as stream_em.Gaussian()"
+            )
+        return _kind_of(BY_NAME[family], field)
+    if not isinstance(family, Family):
+        raise TypeError(f"the family of column {field.name!r} must be a name or a family, got {family!r}")
+    return _kind_of(type(family), field)
+
+
+def _kind_of(family: type[Family], field: Field) -> Kind:
+    if len(family.kinds) == 1:
+        (kind,) = family.kinds
+        return cast(Kind, kind)
+    return field.kind if field.kind in family.kinds else "numeric"
+
+
+def _encode(schema: Schema, events: Any, *, extend: bool) -> Batch:
+    """Return the events encoded; a row without any value is kept, since every model says something of it."""
+    batch = schema.encode(events, on_error="collect", extend=extend)
+    if batch.accepted is None:
+        return batch
+    for error in batch.rejected:
+        if error.field is not None:
+            raise error
+    values = np.full((len(batch.schema), len(batch.accepted) + len(batch.rejected)), np.nan)
+    values[:, batch.accepted] = batch.values
+    return replace(batch, values=values, rejected=(), accepted=None)

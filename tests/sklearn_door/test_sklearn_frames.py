@@ -1,0 +1,227 @@
+"""MixtureModel: any family, frames of mixed types."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pytest
+from sklearn.exceptions import NotFittedError
+from sklearn.metrics import adjusted_rand_score
+
+from stream_em import (
+    BatchEM,
+    Bernoulli,
+    Categorical,
+    Exponential,
+    FamilyError,
+    Gaussian,
+    Mixture,
+    Poisson,
+    Product,
+    Schema,
+    SchemaError,
+)
+from stream_em.sklearn import MixtureModel
+
+GENERATOR = np.random.default_rng(11)
+LABELS = GENERATOR.integers(2, size=600)
+FRAME = pd.DataFrame(
+    {
+        "amount": GENERATOR.normal(size=600) + 3.0 * LABELS,
+        "hour": GENERATOR.normal(size=600),
+        "country": pd.Categorical(np.where(GENERATOR.random(600) < 0.9, np.where(LABELS, "DE", "FR"), "IT")),
+        "plan": np.where(GENERATOR.random(600) < 0.5, "free", "paid"),
+        "returned": GENERATOR.random(600) < np.where(LABELS, 0.1, 0.8),
+        "items": GENERATOR.poisson(np.where(LABELS, 1.0, 9.0)),
+        "seconds": GENERATOR.exponential(np.where(LABELS, 1.0, 60.0)),
+    }
+)
+CHOSEN = {"items": "poisson", "seconds": "exponential"}
+FORMS = {"pandas": lambda one: one, "polars": pl.from_pandas, "arrow": lambda one: pa.Table.from_pandas(one)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_type_of_a_column_picks_its_family(form: str) -> None:
+    frame = FORMS[form](FRAME)
+    model = MixtureModel(2, families=CHOSEN, random_state=0).fit(frame)
+    assert model.family_ == Product(
+        {
+            ("amount", "hour"): Gaussian(),
+            "country": Categorical(),
+            "plan": Categorical(),
+            "returned": Bernoulli(),
+            "items": Poisson(),
+            "seconds": Exponential(),
+        }
+    )
+    assert model.n_features_in_ == 7
+    assert model._fitted()._known_schema().names == tuple(FRAME.columns)
+    assert adjusted_rand_score(LABELS, model.predict(frame)) > 0.95
+    np.testing.assert_array_equal(model.fit_predict(frame), model.predict(frame))
+    reference = MixtureModel(2, families=CHOSEN, random_state=0).fit(FRAME)
+    np.testing.assert_allclose(model.score_samples(frame), reference.score_samples(FRAME), rtol=1e-12)
+
+
+def test_it_is_the_engine_that_answers() -> None:
+    model = MixtureModel(2, families=CHOSEN, random_state=0, tol=1e-9, max_iter=300).fit(FRAME)
+    schema = Schema(
+        {"amount": "numeric", "hour": "numeric", "country": "category", "plan": "category", "returned": "flag"}
+        | {"items": "count", "seconds": "duration"}
+    )
+    engine = BatchEM(Mixture(model.family_, 2), schema=schema, tol=1e-9, max_iter=300).fit(FRAME)
+    assert model.score(FRAME) == pytest.approx(float(engine.log_prob(FRAME).mean()), rel=1e-6)
+    assert model.bic(FRAME) == pytest.approx(engine.bic(FRAME), rel=1e-6)
+    assert model.aic(FRAME) == pytest.approx(engine.aic(FRAME), rel=1e-6)
+    assert (np.diff(model.lower_bounds_) > -1e-9).all()
+
+
+def test_families_may_be_objects_and_groups() -> None:
+    families = {("amount", "hour"): Gaussian("diag"), "items": Poisson(), "seconds": Gaussian("spherical")}
+    model = MixtureModel(2, families=families, random_state=0).fit(FRAME)
+    chosen = model.family_.families  # type: ignore[attr-defined]
+    assert chosen["amount", "hour"] == Gaussian("diag")
+    assert (chosen["items"], chosen["seconds"]) == (Poisson(), Gaussian("spherical"))
+    assert chosen["country"] == Categorical()
+    alone = MixtureModel(2, families={"a": Poisson()}).fit(FRAME[["items"]].rename(columns={"items": "a"}))
+    assert adjusted_rand_score(LABELS, alone.predict(FRAME[["items"]].rename(columns={"items": "a"}))) > 0.5
+
+
+def test_arrays_have_columns_too() -> None:
+    counts = FRAME[["items"]].to_numpy()
+    model = MixtureModel(2, families={"x0": "poisson"}, random_state=0).fit(counts)
+    assert model.family_ == Product({"x0": Poisson()})
+    drawn, labels = model.sample(50)
+    assert drawn.shape == (50, 1)
+    assert set(labels.tolist()) <= {0, 1}
+    np.testing.assert_array_equal(drawn, np.rint(drawn))
+
+
+def test_missing_values_and_missing_rows() -> None:
+    generator = np.random.default_rng(1)
+    gaps = FRAME.astype({"returned": "boolean", "items": "Int64"}).mask(generator.random(FRAME.shape) < 0.3)
+    gaps.iloc[5] = None
+    model = MixtureModel(2, families=CHOSEN, random_state=0).fit(gaps)
+    assert adjusted_rand_score(LABELS, model.predict(FRAME)) > 0.9
+    nothing = gaps.iloc[[5]]
+    np.testing.assert_allclose(model.predict_proba(nothing)[0], model.weights_, rtol=1e-9)
+    np.testing.assert_allclose(model.score_samples(nothing), 0.0, atol=1e-12)
+
+
+def test_weights_are_repeated_rows() -> None:
+    weight = np.random.default_rng(2).integers(0, 4, size=600)
+    weighted = MixtureModel(2, families=CHOSEN, random_state=0).fit(FRAME, sample_weight=weight)
+    repeated = MixtureModel(2, families=CHOSEN, random_state=0).fit(FRAME.loc[FRAME.index.repeat(weight)])
+    np.testing.assert_allclose(weighted.predict_proba(FRAME), repeated.predict_proba(FRAME), atol=1e-7)
+
+
+def test_a_stream_of_frames_meets_new_categories() -> None:
+    model = MixtureModel(2, families=CHOSEN, random_state=0)
+    for start in range(0, 600, 100):
+        piece = FRAME.iloc[start : start + 100]
+        model.partial_fit(piece)
+    known = model.score(FRAME)
+    new = FRAME.iloc[:200].assign(country="ES")
+    before = model.score(new)
+    model.partial_fit(new).partial_fit(new)
+    assert model.score(new) > before
+    assert np.isfinite(known)
+    assert model.n_samples_seen_ == 1_000
+
+
+def test_categories_beyond_the_vocabulary_are_other() -> None:
+    frame = pd.DataFrame({"c": [f"c{row % 40}" for row in range(400)]})
+    few = MixtureModel(1, max_categories=3).fit(frame)
+    many = MixtureModel(1, max_categories=40).fit(frame)
+    assert few.score(frame) == pytest.approx(0.075 * np.log(0.025) + 0.925 * np.log(0.925), abs=1e-3)
+    assert many.score(frame) == pytest.approx(np.log(0.025), abs=1e-3)
+    unseen = pd.DataFrame({"c": ["never seen"]})
+    assert few.score(unseen) > many.score(unseen)
+
+
+def test_other_columns_are_refused_and_leave_the_model_untouched() -> None:
+    model = MixtureModel(2, families=CHOSEN, random_state=0).partial_fit(FRAME)
+    before = pickle.dumps(model)
+    wrong: dict[str, Any] = {
+        "yet now missing:\n- hour": FRAME.drop(columns="hour"),
+        "unseen at fit time:\n- extra": FRAME.assign(extra=1.0),
+        "same order": FRAME[FRAME.columns[::-1]],
+        "event 0, field 'items': got 0.5": FRAME.assign(items=0.5),
+        "field 'amount': got 'x'": FRAME.assign(amount="x"),
+    }
+    for message, frame in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            model.partial_fit(frame)
+        assert pickle.dumps(model) == before
+
+
+def test_wrong_families_name_the_column() -> None:
+    with pytest.raises(SchemaError, match="no field 'item'"):
+        MixtureModel(families={"item": "poisson"}).fit(FRAME)
+    with pytest.raises(ValueError, match="the family of column 'items' is 'poison', expected one of 'gaussian'"):
+        MixtureModel(families={"items": "poison"}).fit(FRAME)
+    with pytest.raises(TypeError, match="the family of column 'items' must be a name or a family, got 3"):
+        MixtureModel(families={"items": 3}).fit(FRAME)  # type: ignore[dict-item]
+    with pytest.raises(SchemaError, match="column 'amount' has type double, but the field"):
+        MixtureModel(families={"amount": "categorical"}).fit(pa.table({"amount": [1.0, 2.0], "country": ["a", "b"]}))
+
+
+def test_samples_are_rows_of_the_frame() -> None:
+    model = MixtureModel(2, families=CHOSEN, random_state=0).fit(FRAME)
+    table, labels = model.sample(2_000)
+    assert table.column_names == list(FRAME.columns)
+    assert table.schema.field("items").type == pa.int64()
+    drawn = table.to_pandas()
+    assert adjusted_rand_score(labels, model.predict(drawn)) > 0.95
+    assert drawn["amount"].mean() == pytest.approx(FRAME["amount"].mean(), abs=0.2)
+    with pytest.raises(ValueError, match="Invalid value for 'n_samples': 0"):
+        model.sample(0)
+    with pytest.raises(NotFittedError):
+        MixtureModel().sample()
+
+
+def test_shares_merge_into_the_whole() -> None:
+    start = MixtureModel(2, families=CHOSEN, random_state=0, step_size="harmonic").fit(FRAME.iloc[:200])
+    merged = start
+    for rows in np.array_split(np.arange(200, 600), 2):
+        merged = merged.merge(start.fork().partial_fit(FRAME.iloc[rows]))
+    assert merged.n_samples_seen_ == 600
+    whole = MixtureModel(2, families=CHOSEN, random_state=0).fit(FRAME)
+    assert merged.score(FRAME) > whole.score(FRAME) - 0.02
+
+
+def test_warm_start_goes_on() -> None:
+    model = MixtureModel(2, families=CHOSEN, random_state=0, warm_start=True, tol=1e-6, max_iter=300).fit(FRAME)
+    bound = model.lower_bound_
+    model.fit(FRAME)
+    assert model.n_iter_ <= 2
+    assert model.lower_bound_ >= bound - 1e-9
+    # A category that the fitted components do not know is `other` to them.
+    model.fit(FRAME.assign(country="ES"))
+    assert np.isfinite(model.score(FRAME))
+    with pytest.raises(ValueError, match="set warm_start=False to start anew"):
+        model.set_params(n_components=3).fit(FRAME)
+
+
+def test_marginal_and_conditional_of_gaussian_columns() -> None:
+    model = MixtureModel(2, random_state=0).fit(FRAME[["amount", "hour"]])
+    at = {"amount": 1.0, "hour": 0.5}
+    joint = model.score_samples(pd.DataFrame([at]))
+    parts = model.marginal(["amount"]).log_prob({"amount": 1.0}) + model.conditional({"amount": 1.0}).log_prob(
+        {"hour": 0.5}
+    )
+    np.testing.assert_allclose(joint, parts, rtol=1e-9)
+    mixed = MixtureModel(2, random_state=0).fit(FRAME)
+    with pytest.raises(FamilyError, match="available for Gaussian mixtures, not for Product"):
+        mixed.marginal(["amount"])
+
+
+def test_description_tells_components_in_the_columns_own_terms() -> None:
+    model = MixtureModel(2, families=CHOSEN, random_state=0).fit(FRAME)
+    texts = [" ".join(f"{one.name} {one.text}" for one in component.fields) for component in model.describe()]
+    assert sum("country 'DE'" in text for text in texts) == 1
+    assert sum("country 'FR'" in text for text in texts) == 1
