@@ -172,15 +172,12 @@ class EventKernel:
             self.vector[slot] = value
         general = any(factor.kind not in PLAIN for factor in factors)
         self._general = 0.0 if general else None
-        with _announced():
-            self._step = compiled.compiled_step(gaps=False, general=general)
         self._write_schedule(schedule)
         self._write_table()
         self._shares = self._slice(compiled.SHARES, n_components)
         self._weights = self._slice(compiled.WEIGHTS, n_components)
         self._normalizers = self._slice(compiled.NORMALIZERS, n_components)
         self._prepare_encoding()
-        self.learn, self.score = self._bound_calls()
         self._pack(state)
         self._n_collected = state.n_events
 
@@ -443,11 +440,28 @@ class EventKernel:
         self._memory = self.vector.data.cast("B")
         self._offset = int(self.vector[compiled.EVENT]) * self.vector.itemsize
 
-    def _bound_calls(self) -> tuple[Callable[..., bool], Callable[[Mapping[str, Any]], float | None]]:
+    @cached_property
+    def learn(self) -> Callable[..., bool]:
+        """Function of an event and, optionally, its weight that learns; it returns whether that was possible.
+
+        It is not when the event cannot be used as it is, or makes the schema grow. Nothing has changed then, and
+        the learner's own path says what is wrong, or takes the event.
+        """
+        return self._calls[0]
+
+    @cached_property
+    def score(self) -> Callable[[Mapping[str, Any]], float | None]:
+        """Function that returns log p(event), None when the event cannot be used as it is; nothing is learned."""
+        return self._calls[1]
+
+    @cached_property
+    def _calls(self) -> tuple[Callable[..., bool], Callable[[Mapping[str, Any]], float | None]]:
         """Return `learn` and `score` with all they need at hand: attributes would take as long as the arithmetic."""
         width, getter, all_codes, general = self._width, self._getter, self._codes, self._general
         pack, memory, offset = self._pack_values, self._memory, self._offset
-        step, vector, infinity = self._step, self.vector, math.inf
+        vector, infinity = self.vector, math.inf
+        with _announced():
+            step = compiled.compiled_step(gaps=False, general=general is not None)
         encode_with_gaps, learn_otherwise, score_otherwise = (
             self._encode_with_gaps,
             self._learn_otherwise,

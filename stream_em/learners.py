@@ -351,7 +351,10 @@ class OnlineEM(FittedMixture):
         self._known, self._kernel = state, None
 
     def __getstate__(self) -> dict[str, Any]:
-        return dict(self.__dict__, _known=self._state, _kernel=None)
+        state = self._state
+        # What was worked out to answer during the warm-up is no part of what was learned.
+        parameters = None if state.iterate is None else self._parameters
+        return dict(self.__dict__, _known=state, _kernel=None, _parameters=parameters)
 
     @property
     def schedule(self) -> Schedule:

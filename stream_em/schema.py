@@ -219,12 +219,19 @@ class Batch:
 
     def select(self, positions: npt.NDArray[np.intp] | slice) -> Batch:
         """Return the events at these positions as a batch of their own."""
-        return Batch(
+        chosen = Batch(
             self.values[:, positions],
             self.schema,
             None if self.weight is None else self.weight[positions],
             None if self.time is None else self.time[positions],
         )
+        if self.__dict__.get("observed", ...) is None:
+            chosen._know_complete()
+        return chosen
+
+    def _know_complete(self) -> None:
+        """Take note that no value is missing, which then need not be found out again."""
+        self.__dict__["observed"] = None
 
 
 class Schema:
@@ -294,6 +301,13 @@ class Schema:
     def __repr__(self) -> str:
         kinds = ", ".join(f"{one.name!r}: {one if one.categories else one.kind!r}" for one in self.fields)
         return f"Schema({{{kinds}}}, unknown={self.unknown!r})"
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether events may add fields or categories."""
+        return self.unknown == "add" or any(
+            one.kind == "category" and len(one.categories) < one.max_categories for one in self.fields
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild_schema, (self.fields, self.unknown)
@@ -437,8 +451,7 @@ class Schema:
         if not errors:
             batch = Batch(values, schema, weights, times, ignored_fields=ignored)
             if complete:
-                # What was just found out need not be found out again.
-                batch.__dict__["observed"] = None
+                batch._know_complete()
             return batch
         rejected = tuple(errors[index] for index in sorted(errors))
         if on_error == "raise":

@@ -6,6 +6,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -69,9 +70,7 @@ def run(config: Config, console: Console, *, read: Sequence[Path] = ()) -> None:
                 if output.scored_events is not None:
                     scored = stack.enter_context(_scored_file(config, folder / output.scored_events, learner.schema))
             parts = _Parts()
-            for start in range(0, len(chunk), config.learner.batch_size):
-                span = slice(start, start + config.learner.batch_size)
-                batch = _encode(learner, chunk, span, quarantine, config, learning=True)
+            for start, batch in _mini_batches(learner, chunk, quarantine, config):
                 if batch.n_events:
                     # There is no mixture yet to score the events of the warm-up.
                     n_warm = warm_up.count(learner, batch)
@@ -536,6 +535,34 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _mini_batches(
+    learner: OnlineEM, chunk: Chunk, quarantine: Quarantine, config: Config
+) -> Iterator[tuple[int, Batch]]:
+    """Yield the first row and the events of each mini-batch of a chunk.
+
+    The whole chunk is encoded at once, unless its events may make the schema grow: then each mini-batch must meet
+    the schema as those before have left it.
+    """
+    size = config.learner.batch_size
+    if learner.schema is None or learner.schema.may_grow:
+        for start in range(0, len(chunk), size):
+            yield start, _encode(learner, chunk, slice(start, start + size), quarantine, config, learning=True)
+        return
+    whole = _encode(learner, chunk, slice(0, len(chunk)), None, config, learning=True)
+    rejected = iter(whole.rejected)
+    error = next(rejected, None)
+    for start in range(0, len(chunk), size):
+        while error is not None and error.index < start + size:
+            _set_aside((_explain(error, chunk, error.index, config),), quarantine, config)
+            error = next(rejected, None)
+        if whole.accepted is None:
+            piece = whole.select(slice(start, start + size))
+        else:
+            first, last = np.searchsorted(whole.accepted, [start, start + size])
+            piece = replace(whole.select(slice(first, last)), accepted=whole.accepted[first:last] - start)
+        yield start, replace(piece, ignored_fields=whole.ignored_fields) if start == 0 else piece
 
 
 def _encode(
