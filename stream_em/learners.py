@@ -511,11 +511,10 @@ class OnlineEM(FittedMixture):
         return Posterior(log_prob, np.full((n_components, batch.n_events), 1.0 / n_components))
 
     def _learn(self, batch: Batch, predictions: list[Prediction] | None) -> None:
-        before = dict(self.__dict__, _buffer=list(self._buffer), ignored_fields=self.ignored_fields.copy())
+        before = dict(self.__dict__, _buffer=list(self._buffer))
         restore = None if self._kernel is None else self._kernel.checkpoint()
         try:
             batch, bound = self._accept(batch)
-            self.ignored_fields.update(batch.ignored_fields)
             start = 0
             while start < batch.n_events:
                 room = self.warm_up - sum(one.n_events for one in self._buffer) if self.warming_up else self.batch_size
@@ -531,6 +530,8 @@ class OnlineEM(FittedMixture):
             if restore is not None:
                 restore()
             raise
+        if batch.ignored_fields:
+            self.ignored_fields.update(batch.ignored_fields)
 
     def _accept(self, batch: Batch) -> tuple[Batch, Mixture]:
         """Check that the batch can be learned, grow to its schema, and return it with the bound model."""
