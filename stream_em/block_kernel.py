@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stream_em import compiled, compiled_blocks
+from stream_em.families.base import feature_table
 from stream_em.numerics import Array
 from stream_em.schema import Batch
 
@@ -40,12 +41,14 @@ class BlockKernel:
         )
         if not self._takes_blocks:
             return
-        n_features = sum(size * (size + 3) // 2 if kind == compiled.FULL else 2 * size for kind, size in sizes)
-        n_components = kernel.model.n_components
-        self._theta = np.empty((n_components, n_features + 1))
-        self._memory = np.empty((n_features + 1 + n_components + 3) * compiled_blocks.CHUNK)
-        order = np.concatenate([factor.positions for factor in kernel.factors])
-        self._order = None if np.array_equal(order, np.arange(len(order))) else order
+        left, right = feature_table(
+            [(factor.positions, kind == compiled.FULL) for factor, (kind, _) in zip(kernel.factors, sizes)]
+        )
+        self._table = left, right
+        self._center = np.empty(len(kernel.schema))
+        self._pooled_means = [
+            (factor.positions, kernel.array(index, compiled.POOLED_MEAN)) for index, factor in enumerate(kernel.factors)
+        ]
         self._step = compiled_blocks.compiled_step_block()
 
     def learn(self, batch: Batch, *, keep: bool) -> tuple[Array, npt.NDArray[np.int64], Array] | None:
@@ -70,12 +73,14 @@ class BlockKernel:
         kernel, n_kept = self._kernel, batch.n_events if keep else 0
         log_prob, winners = np.empty(batch.n_events), np.empty(n_kept, dtype=np.int64)
         responsibilities = np.empty((kernel.model.n_components, n_kept))
+        for positions, mean in self._pooled_means:
+            self._center[positions] = mean
         log_likelihood = self._step(
             kernel.vector,
-            np.ascontiguousarray(batch.values if self._order is None else batch.values[self._order]),
+            *self._table,
+            self._center,
+            np.ascontiguousarray(batch.values),
             NO_WEIGHT if batch.weight is None else np.ascontiguousarray(batch.weight),
-            self._theta,
-            self._memory,
             log_prob,
             responsibilities,
             winners,

@@ -62,6 +62,7 @@ OPTIONS: dict[str, Any] = {
     "error_model": "numpy",
     "fastmath": {"contract", "nsz", "reassoc"},
     "no_cfunc_wrapper": True,
+    "nogil": True,
 }
 
 Function = TypeVar("Function", bound=Callable[..., Any])

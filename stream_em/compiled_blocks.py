@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numba import types
@@ -19,7 +20,6 @@ from stream_em.compiled import (
     BATCH_SIZE,
     CONSTANT,
     FACTOR,
-    FIRST,
     FULL,
     HEADER,
     KIND,
@@ -227,27 +227,20 @@ def _coefficients(state: Array, theta: Array) -> bool:
 
 
 @compiled
-def _write_features(state: Array, values: Array, first: int, features: Array) -> None:
-    """Write squares or products, then the fields, about the pooled mean; the last row is 1."""
-    start, n_events = 0, features.shape[1]
-    for index in range(int(state[N_FACTORS])):
-        row = HEADER + index * ROW
-        size, field, center = int(state[row + SIZE]), int(state[row + FIRST]), int(state[row + POOLED_MEAN])
-        full = int(state[row + KIND]) == FULL
-        linear = start + (size * (size + 1) // 2 if full else size)
-        for i in range(size):
-            source, target, middle = values[field + i], features[linear + i], state[at(center + i)]
+def _write_features(left: Any, right: Any, center: Array, values: Array, first: int, features: Array) -> None:
+    """Write the features of some events, see `sum_features`; the last row is 1."""
+    n_features, n_events = len(left), features.shape[1]
+    for row in range(n_features):
+        if right[row] < 0:
+            source, target, middle = values[left[row]], features[row], center[left[row]]
             for event in range(n_events):
                 target[event] = source[first + event] - middle
-        place = start
-        for i in range(size):
-            for j in range(i, size if full else i + 1):
-                one, other, target = features[linear + i], features[linear + j], features[place]
-                for event in range(n_events):
-                    target[event] = one[event] * other[event]
-                place += 1
-        start = linear + size
-    ones = features[start]
+    for row in range(n_features):
+        if right[row] >= 0:
+            one, other, target = features[left[row]], features[right[row]], features[row]
+            for event in range(n_events):
+                target[event] = one[event] * other[event]
+    ones = features[n_features]
     for event in range(n_events):
         ones[event] = 1.0
 
@@ -395,15 +388,90 @@ def _absorb_sums(state: Array, sums: Array) -> None:
 
 
 @entry
-def step_block(
-    state: Array,
+def sum_features(
+    theta: Array,
+    left: Any,
+    right: Any,
+    center: Array,
     values: Array,
     weight: Array,
-    theta: Array,
-    memory: Array,
+    start: int,
+    stop: int,
     log_prob: Array,
     responsibilities: Array,
-    winners: Array,
+    winners: Any,
+    sums: Array,
+) -> float:
+    """E-step of the events from `start` to `stop`; return their weighted log-likelihood.
+
+    Parameters
+    ----------
+    theta
+        (K, Q + 1) coefficients of the features in the log-joint.
+    left, right
+        (Q,) what each feature is: where `right` is -1, the field `left` less its center; otherwise the product of
+        the features `left` and `right`.
+    center
+        (D,) origin of the features.
+    values
+        (D, B), nothing missing.
+    weight
+        (B,) weights, or empty when all are 1.
+    log_prob
+        (B,) log-densities, written.
+    responsibilities, winners
+        (K, B) and (B,), written, unless they are empty.
+    sums
+        (K, Q + 1) sums of the features, weighted by weight and responsibility, and of 1; added to.
+
+    """
+    n_components, n_columns = theta.shape
+    size = min(CHUNK, stop - start)
+    memory, part = np.empty((n_columns + n_components + 3) * size), np.empty((n_components, n_columns))
+    log_likelihood = 0.0
+    for first in range(start, stop, CHUNK):
+        length = min(CHUNK, stop - first)
+        a, b = n_columns * length, (n_columns + n_components) * length
+        features = memory[:a].reshape(n_columns, length)
+        shares = memory[a:b].reshape(n_components, length)
+        scratch = memory[b : b + 3 * length].reshape(3, length)
+        _write_features(left, right, center, values, first, features)
+        np.dot(theta, features, shares)
+        told = log_prob[first : first + length]
+        _respond(shares, told, scratch)
+        if len(winners):
+            _find_winners(shares, scratch, winners[first : first + length])
+        if responsibilities.shape[1]:
+            for component in range(n_components):
+                for event in range(length):
+                    responsibilities[component, first + event] = shares[component, event]
+        if len(weight):
+            for event in range(length):
+                log_likelihood += weight[first + event] * told[event]
+            for component in range(n_components):
+                for event in range(length):
+                    shares[component, event] *= weight[first + event]
+        else:
+            for event in range(length):
+                log_likelihood += told[event]
+        np.dot(shares, features.T, part)
+        for component in range(n_components):
+            for column in range(n_columns):
+                sums[component, column] += part[component, column]
+    return log_likelihood
+
+
+@entry
+def step_block(
+    state: Array,
+    left: Any,
+    right: Any,
+    center: Array,
+    values: Array,
+    weight: Array,
+    log_prob: Array,
+    responsibilities: Array,
+    winners: Any,
 ) -> float:
     """Learn from a mini-batch, and write what was thought of each event before.
 
@@ -411,18 +479,8 @@ def step_block(
     ----------
     state
         The vector.
-    values
-        (D, B) in the order of the factors' fields, nothing missing.
-    weight
-        (B,) weights, or empty when all are 1.
-    theta
-        (K, Q + 1) scratch for the coefficients of the Q features.
-    memory
-        Scratch for a chunk of events: Q + 1 + K + 3 rows.
-    log_prob
-        (B,) log-densities, written.
-    responsibilities, winners
-        (K, B) and (B,), written, unless they are empty.
+    left, right, center, values, weight, log_prob, responsibilities, winners
+        As `sum_features` has them; the center is the pooled mean.
 
     Returns
     -------
@@ -431,42 +489,18 @@ def step_block(
         covariance could not be factorized: the statistics are then right, the parameters are not.
 
     """
-    n_components, n_columns = theta.shape
-    n_events = values.shape[1]
+    n_components, n_columns, n_events = int(state[N_COMPONENTS]), len(left) + 1, values.shape[1]
+    theta, sums = np.empty((n_components, n_columns)), np.zeros((n_components, n_columns))
     if not _coefficients(state, theta):
         return np.nan
-    sums, part = np.zeros((n_components, n_columns)), np.empty((n_components, n_columns))
-    log_likelihood, total_weight = 0.0, 0.0
-    for first in range(0, n_events, CHUNK):
-        length = min(CHUNK, n_events - first)
-        a, b = n_columns * length, (n_columns + n_components) * length
-        features = memory[:a].reshape(n_columns, length)
-        shares = memory[a:b].reshape(n_components, length)
-        scratch = memory[b : b + 3 * length].reshape(3, length)
-        _write_features(state, values, first, features)
-        np.dot(theta, features, shares)
-        told = log_prob[first : first + length]
-        _respond(shares, told, scratch)
-        if len(winners):
-            _find_winners(shares, scratch, winners[first : first + length])
-            for component in range(n_components):
-                for event in range(length):
-                    responsibilities[component, first + event] = shares[component, event]
-        if len(weight):
-            for event in range(length):
-                log_likelihood += weight[first + event] * told[event]
-                total_weight += weight[first + event]
-            for component in range(n_components):
-                for event in range(length):
-                    shares[component, event] *= weight[first + event]
-        else:
-            total_weight += length
-            for event in range(length):
-                log_likelihood += told[event]
-        np.dot(shares, features.T, part)
-        for component in range(n_components):
-            for column in range(n_columns):
-                sums[component, column] += part[component, column]
+    log_likelihood = sum_features(
+        theta, left, right, center, values, weight, 0, n_events, log_prob, responsibilities, winners, sums
+    )
+    total_weight = float(n_events)
+    if len(weight):
+        total_weight = 0.0
+        for event in range(n_events):
+            total_weight += weight[event]
     seen, all_weight = state[N_EVENTS] + n_events, state[TOTAL_WEIGHT] + total_weight
     retention = _retention(state, seen, all_weight, total_weight)
     scale = state[SCALE] * retention
@@ -489,11 +523,25 @@ def step_block(
     return log_likelihood if safe else np.inf
 
 
+INDICES = types.Array(types.int64, 1, "C")
+EVENTS = (INDICES, INDICES, VECTOR, MATRIX, VECTOR)
+ANSWERS = (VECTOR, MATRIX, INDICES)
+
+
 @cache
 def compiled_step_block() -> Callable[..., float]:
     """Return `step_block`, compiled or loaded from disk."""
-    positions = types.Array(types.int64, 1, "C")
-    step_block.compile((VECTOR, MATRIX, VECTOR, MATRIX, VECTOR, VECTOR, MATRIX, positions))
-    (found,) = step_block.signatures
-    entry_point: Callable[..., float] = step_block.overloads[found].entry_point
+    return _entry_point(step_block, (VECTOR, *EVENTS, *ANSWERS))
+
+
+@cache
+def compiled_sum_features() -> Callable[..., float]:
+    """Return `sum_features`, compiled or loaded from disk."""
+    return _entry_point(sum_features, (MATRIX, *EVENTS, types.int64, types.int64, *ANSWERS, MATRIX))
+
+
+def _entry_point(function: Any, signature: tuple[Any, ...]) -> Callable[..., float]:
+    function.compile(signature)
+    (found,) = (one for one in function.signatures if tuple(one) == signature)
+    entry_point: Callable[..., float] = function.overloads[found].entry_point
     return entry_point

@@ -249,14 +249,15 @@ class EventKernel:
                 self.vector[row + slot] = start
             if isinstance(factor.family, Categorical):
                 self.vector[row + compiled.N_CODES] = sum(factor.family.n_codes)
-                self._array(index, compiled.CONSTANT)[:] = factor.family.n_codes
+                self.array(index, compiled.CONSTANT)[:] = factor.family.n_codes
             if isinstance(factor.family, Gaussian):
                 self.vector[row + compiled.REGULARIZATION] = factor.family.reg_covar
             for position in factor.positions.tolist():
                 kinds[first] = KINDS[self.schema.fields[position].kind]
                 first += 1
 
-    def _array(self, index: int, slot: int) -> Array:
+    def array(self, index: int, slot: int) -> Array:
+        """Return one of a factor's arrays, as a view of the vector."""
         start, shape = self._places[index][slot]
         return self.vector[start : start + math.prod(shape)].reshape(shape)
 
@@ -294,55 +295,55 @@ class EventKernel:
 
     def _pack_factor(self, index: int, factor: _Factor, parts: Mapping[str, Part], parameters: Any) -> None:
         if factor.kind == compiled.CATEGORICAL:
-            self._array(index, compiled.MEAN)[:] = _sums(parts["counts"])
-            self._array(index, compiled.LOCATION)[:] = parameters.probability
+            self.array(index, compiled.MEAN)[:] = _sums(parts["counts"])
+            self.array(index, compiled.LOCATION)[:] = parameters.probability
         elif factor.kind in GAUSSIAN:
             moments = parts["moments"]
             assert isinstance(moments, Moments)
             if factor.kind not in JOINT:
-                self._array(index, compiled.WEIGHT)[:] = moments.weight
-            self._array(index, compiled.MEAN)[:] = moments.mean
-            self._array(index, compiled.SCATTER)[:] = moments.scatter
-            self._array(index, compiled.LOCATION)[:] = parameters.mean
+                self.array(index, compiled.WEIGHT)[:] = moments.weight
+            self.array(index, compiled.MEAN)[:] = moments.mean
+            self.array(index, compiled.SCATTER)[:] = moments.scatter
+            self.array(index, compiled.LOCATION)[:] = parameters.mean
             spread = parameters.covariance
-            self._array(index, compiled.SPREAD)[:] = spread[:, None] if factor.kind == compiled.SPHERICAL else spread
+            self.array(index, compiled.SPREAD)[:] = spread[:, None] if factor.kind == compiled.SPHERICAL else spread
         else:
-            self._array(index, compiled.WEIGHT)[:] = _sums(parts["weight"])
-            self._array(index, compiled.MEAN)[:] = _sums(parts["sum"])
-            self._array(index, compiled.LOCATION)[:] = parameters.mean
+            self.array(index, compiled.WEIGHT)[:] = _sums(parts["weight"])
+            self.array(index, compiled.MEAN)[:] = _sums(parts["sum"])
+            self.array(index, compiled.LOCATION)[:] = parameters.mean
 
     def _derive(self, index: int, factor: _Factor, parameters: Any) -> None:
         """Write what follows from statistics and parameters: pooled statistics, factors, constants."""
-        mean = self._array(index, compiled.MEAN)
+        mean = self.array(index, compiled.MEAN)
         if factor.kind in GAUSSIAN:
-            weight = self._weights[:, None] if factor.kind in JOINT else self._array(index, compiled.WEIGHT)
-            scatter = self._array(index, compiled.SCATTER)
+            weight = self._weights[:, None] if factor.kind in JOINT else self.array(index, compiled.WEIGHT)
+            scatter = self.array(index, compiled.SCATTER)
             total = np.broadcast_to(weight, mean.shape).sum(axis=0)
             average = safe_divide((weight * mean).sum(axis=0), total)
             between = (weight * (mean - average) ** 2).sum(axis=0)
             within = np.diagonal(scatter, axis1=-2, axis2=-1) if factor.kind in JOINT else scatter
             within = within if factor.kind == compiled.TIED else within.sum(axis=0)
-            self._array(index, compiled.POOLED_WEIGHT)[:] = total
-            self._array(index, compiled.POOLED_MEAN)[:] = average
-            self._array(index, compiled.POOLED_SCATTER)[:] = between + within
+            self.array(index, compiled.POOLED_WEIGHT)[:] = total
+            self.array(index, compiled.POOLED_MEAN)[:] = average
+            self.array(index, compiled.POOLED_SCATTER)[:] = between + within
         else:
-            self._array(index, compiled.POOLED_MEAN)[:] = mean.sum(axis=0)
+            self.array(index, compiled.POOLED_MEAN)[:] = mean.sum(axis=0)
             if factor.kind != compiled.CATEGORICAL:
-                self._array(index, compiled.POOLED_WEIGHT)[:] = self._array(index, compiled.WEIGHT).sum(axis=0)
+                self.array(index, compiled.POOLED_WEIGHT)[:] = self.array(index, compiled.WEIGHT).sum(axis=0)
                 assert isinstance(factor.family, MeanValued)
                 slope, intercept = factor.family.natural(parameters.mean)
-                self._array(index, compiled.FACTOR)[:] = slope
-                self._array(index, compiled.ROOT)[:] = intercept
+                self.array(index, compiled.FACTOR)[:] = slope
+                self.array(index, compiled.ROOT)[:] = intercept
             return
-        constant = self._array(index, compiled.CONSTANT)
+        constant = self.array(index, compiled.CONSTANT)
         if factor.kind in JOINT:
-            self._array(index, compiled.FACTOR)[:] = parameters.factor
-            self._array(index, compiled.ROOT)[:] = 1.0 / np.diagonal(parameters.factor, axis1=-2, axis2=-1)
+            self.array(index, compiled.FACTOR)[:] = parameters.factor
+            self.array(index, compiled.ROOT)[:] = 1.0 / np.diagonal(parameters.factor, axis1=-2, axis2=-1)
             constant[:] = parameters.log_normalizer
             self._normalizers += constant
         else:
-            spread = self._array(index, compiled.SPREAD)
-            self._array(index, compiled.ROOT)[:] = 1.0 / spread
+            spread = self.array(index, compiled.SPREAD)
+            self.array(index, compiled.ROOT)[:] = 1.0 / spread
             constant[:] = -0.5 * (LOG_TWO_PI + np.log(spread))
             self._normalizers += constant.sum(axis=1)
 
@@ -409,18 +410,18 @@ class EventKernel:
 
     def _unpack_factor(self, index: int, factor: _Factor, scale: float) -> tuple[dict[str, Part], Any]:
         if factor.kind == compiled.CATEGORICAL:
-            probability = self._array(index, compiled.LOCATION).copy()
-            return {"counts": Sums(scale * self._array(index, compiled.MEAN))}, CategoricalParameters(probability)
-        mean, location = self._array(index, compiled.MEAN), self._array(index, compiled.LOCATION).copy()
+            probability = self.array(index, compiled.LOCATION).copy()
+            return {"counts": Sums(scale * self.array(index, compiled.MEAN))}, CategoricalParameters(probability)
+        mean, location = self.array(index, compiled.MEAN), self.array(index, compiled.LOCATION).copy()
         if factor.kind not in GAUSSIAN:
-            weight = scale * self._array(index, compiled.WEIGHT)
+            weight = scale * self.array(index, compiled.WEIGHT)
             return {"weight": Sums(weight), "sum": Sums(scale * mean)}, MeanParameters(location)
-        scatter = scale * self._array(index, compiled.SCATTER)
-        spread = self._array(index, compiled.SPREAD).copy()
+        scatter = scale * self.array(index, compiled.SCATTER)
+        spread = self.array(index, compiled.SPREAD).copy()
         if factor.kind in JOINT:
             weight, scatter, spread = scale * self._weights, _symmetric(scatter), _symmetric(spread)
         else:
-            weight = scale * self._array(index, compiled.WEIGHT)
+            weight = scale * self.array(index, compiled.WEIGHT)
         if factor.kind == compiled.SPHERICAL:
             spread = spread[:, 0].copy()
         return {"moments": Moments(weight, mean.copy(), scatter)}, GaussianParameters(location, spread)

@@ -9,7 +9,7 @@ squares from cancelling.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
@@ -22,6 +22,7 @@ from stream_em.statistics import Part
 
 Mask = npt.NDArray[np.bool_]
 Parts = Mapping[str, Part]
+FeatureTable = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 
 
 class FamilyError(ValueError):
@@ -51,6 +52,13 @@ class Block(ABC):
         """Return the components for which features about `center` (D,) lose precision, None when there is none."""
         return None
 
+    def quadratic_factors(self) -> list[tuple[npt.NDArray[np.intp], bool]] | None:
+        """Return positions of the fields of each factor, and whether its features are all products or only squares.
+
+        None when the features are others, as with missing values.
+        """
+        return None
+
     def log_density(self, values: Array, observed: Mask | None, component: int) -> Array:
         """Return the log-density (B,) under one component, at full precision; for the unstable ones."""
         features = np.empty((self.n_features, values.shape[1]))
@@ -75,6 +83,32 @@ class Block(ABC):
         Where squares lost precision to cancellation, better centers (K, D) are returned as well, the rows
         of the other components unchanged; None when nothing was lost.
         """
+
+
+def feature_table(
+    factors: Iterable[tuple[npt.NDArray[np.intp], bool]],
+) -> FeatureTable:
+    """Return what each feature is, as `compiled_blocks.sum_features` wants to know it.
+
+    Parameters
+    ----------
+    factors
+        Positions of the fields of each Gaussian factor, and whether its covariance is full.
+
+    >>> left, right = feature_table([(np.array([0, 1]), True)])  # the products 00, 01 and 11 of rows 3 and 4, fields
+    >>> left, right
+    (array([3, 3, 4, 0, 1]), array([ 3,  4,  4, -1, -1]))
+
+    """
+    left: list[int] = []
+    right: list[int] = []
+    for positions, full in factors:
+        size = len(positions)
+        pairs = np.array(np.triu_indices(size) if full else 2 * [range(size)]) + len(left)
+        pairs += pairs.shape[1]
+        left += [*pairs[0].tolist(), *positions.tolist()]
+        right += [*pairs[1].tolist(), *size * [-1]]
+    return np.array(left, dtype=np.int64), np.array(right, dtype=np.int64)
 
 
 class Family(ABC):

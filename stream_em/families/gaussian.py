@@ -179,6 +179,9 @@ class _JointBlock(Block):
         unstable = (distance > limit) | (parameters.inflation > limit)
         return np.flatnonzero(unstable) if unstable.any() else None
 
+    def quadratic_factors(self) -> list[tuple[npt.NDArray[np.intp], bool]] | None:
+        return [(np.arange(self.dimension), True)] if self.observed is None else None
+
     def log_density(self, values: Array, observed: Mask | None, component: int) -> Array:
         parameters = self.parameters
         kept = values if self.observed is None else values[self.observed]
@@ -279,6 +282,9 @@ class _SeparateBlock(Block):
         offset = self.mean - center
         distance = np.add.reduce(offset * offset / self.variance, axis=1)
         return np.flatnonzero(distance > LARGEST_SQUARED_OFFSET) if (distance > LARGEST_SQUARED_OFFSET).any() else None
+
+    def quadratic_factors(self) -> list[tuple[npt.NDArray[np.intp], bool]] | None:
+        return None if self.masked else [(np.arange(self.dimension), False)]
 
     def log_density(self, values: Array, observed: Mask | None, component: int) -> Array:
         variance = self.variance[component][:, None]

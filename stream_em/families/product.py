@@ -91,6 +91,16 @@ class _ProductBlock(Block):
         unstable = [one for one in found if one is not None]
         return np.unique(np.concatenate(unstable)) if unstable else None
 
+    def quadratic_factors(self) -> list[tuple[npt.NDArray[np.intp], bool]] | None:
+        factors: list[tuple[npt.NDArray[np.intp], bool]] = []
+        for _, rows, block in self.factors:
+            of_block = block.quadratic_factors()
+            if of_block is None:
+                return None
+            positions = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+            factors += [(positions[within], full) for within, full in of_block]
+        return factors
+
     def write_features(self, values: Array, center: Array, observed: Mask | None, out: Array) -> None:
         for _, rows, block, span in self._spans():
             block.write_features(values[rows], center[rows], None if observed is None else observed[rows], out[span])

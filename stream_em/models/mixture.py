@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from stream_em.families.base import Block, Family, FamilyError, Mask, Parts
+from stream_em.families.base import Block, Family, FamilyError, Mask, Parts, feature_table
 from stream_em.families.gaussian import Gaussian
 from stream_em.numerics import Array, check_whole, softmax_in_place
 from stream_em.schema import Batch, Schema
@@ -443,13 +444,39 @@ class _Expectation:
         if n_threads == 1:
             return self._blocks(0, n_events, size, given, into, centers, own)
         bounds = [starts[len(starts) * thread // n_threads] for thread in range(n_threads)] + [n_events]
+        blocks = self._compiled_blocks(given, into, centers, own) or (
+            lambda start, stop: self._blocks(start, stop, size, given, into, centers, own)
+        )
         # Threads that lived on would be missing, and waited for, in a process forked later.
         with _one_blas_thread(), ThreadPoolExecutor(n_threads) as threads:
-            results = threads.map(
-                lambda start, stop: self._blocks(start, stop, size, given, into, centers, own), bounds[:-1], bounds[1:]
-            )
-            log_likelihoods, sums = zip(*results)
+            log_likelihoods, sums = zip(*threads.map(blocks, bounds[:-1], bounds[1:]))
         return sum(log_likelihoods), np.add.reduce(sums)
+
+    def _compiled_blocks(
+        self, given: Array | None, into: Posterior | None, centers: Array | None, own: npt.NDArray[np.intp]
+    ) -> Callable[[int, int], tuple[float, Array]] | None:
+        """Return what `_blocks` does as compiled code, which does not hold Python's lock; None where it cannot."""
+        factors = self.block.quadratic_factors()
+        if factors is None or given is not None or self.hard or len(self.direct) or len(own):
+            return None
+        if find_spec("numba") is None:
+            return None
+        from stream_em.compiled_blocks import compiled_sum_features
+
+        sum_features, nothing = compiled_sum_features(), np.empty(0)
+        table, center = feature_table(factors), np.ascontiguousarray(self.center)
+        values = np.ascontiguousarray(self.batch.values)
+        weight = nothing if self.batch.weight is None else np.ascontiguousarray(self.batch.weight)
+        posterior = Posterior(np.empty(self.batch.n_events), np.empty((self.n_components, 0))) if into is None else into
+
+        def blocks(start: int, stop: int) -> tuple[float, Array]:
+            sums = np.zeros(self.theta.shape)
+            log_likelihood = sum_features(
+                self.theta, *table, center, values, weight, start, stop, *posterior, NOTHING, sums
+            )
+            return log_likelihood, sums
+
+        return blocks
 
     def _blocks(
         self,
