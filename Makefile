@@ -13,9 +13,12 @@ ONE_THREAD := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 VECLIB_
 LOCKED_PLATFORM := import platform as p, sys; \
 	sys.exit((p.system(), p.python_implementation(), *sys.version_info[:2]) != ("Linux", "CPython", 3, 11))
 
+# The newest River that Python 3.11 can install, and the two minor versions before it.
+RIVER_VERSIONS := 0.26.1 0.25.0 0.24.2
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench river clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -36,9 +39,22 @@ lint: $(READY)  ## check style and types
 bench: $(READY)  ## measure speed and memory beside peers
 	$(BIN)/python -m benchmarks
 
-clean:  ## remove the virtual environment and every cache
-	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+river: $(RIVER_VERSIONS:%=$(VENV)-river-%/.ready)  ## run River's checks and ours on three versions of River
+	@for version in $(RIVER_VERSIONS); do \
+		echo "River $$version"; \
+		$(ONE_THREAD) $(VENV)-river-$$version/bin/python -m pytest -q tests/river_door stream_em/river || exit 1; \
+	done
+
+clean:  ## remove the virtual environments and every cache
+	rm -rf $(VENV) $(VENV)-river-* build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find stream_em tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)-river-%/.ready: pyproject.toml
+	@echo "Setting up $(@D) (a minute or two, only once)"
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[cli,river]' 'river==$*' \
+		hypothesis pandas polars pytest scikit-learn
+	@touch $@
 
 $(READY): pyproject.toml requirements-lock.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -6,7 +6,7 @@ import argparse
 import datetime
 from pathlib import Path
 
-from benchmarks import detection, files, iteration, sklearn_door, startup
+from benchmarks import detection, files, iteration, river_door, sklearn_door, startup
 from benchmarks.measure import machine
 
 SECTIONS = {
@@ -15,6 +15,7 @@ SECTIONS = {
     "detection": detection.run,
     "files": files.run,
     "sklearn": sklearn_door.run,
+    "river": river_door.run,
 }
 
 

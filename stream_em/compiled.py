@@ -683,16 +683,16 @@ def _maximize_category(state: Array, row: int, component: int, pseudo: float) ->
     n_codes, codes = int(state[row + N_CODES]), int(state[row + CONSTANT])
     counts, probability = int(state[row + MEAN]), int(state[row + LOCATION])
     counts, probability = counts + component * n_codes, probability + component * n_codes
-    pooled = int(state[row + POOLED_MEAN])
+    pooled, scale = int(state[row + POOLED_MEAN]), state[SCALE]
     for i in range(int(state[row + SIZE])):
         size = int(state[at(codes + i)])
-        all_pooled = 0.0
+        even, seen, total = 1.0 / size, 0.0, 0.0
         for code in range(size):
-            all_pooled += state[SCALE] * state[at(pooled + code)] + 1.0 / size
-        total = 0.0
+            seen += state[at(pooled + code)]
+        share = pseudo / (scale * seen + 1.0)
         for code in range(size):
-            even = (state[SCALE] * state[at(pooled + code)] + 1.0 / size) / all_pooled
-            count = state[at(counts + code)] + pseudo * max(even, SMALLEST_PROBABILITY)
+            prior = max((scale * state[at(pooled + code)] + even) * share, pseudo * SMALLEST_PROBABILITY)
+            count = state[at(counts + code)] + prior
             state[at(probability + code)] = count
             total += count
         inverse = 1.0 / max(total, SMALLEST_WEIGHT)
