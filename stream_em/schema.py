@@ -434,13 +434,12 @@ class Schema:
             raise ValueError(f'on_error must be "raise" or "collect", got {on_error!r}')
         if isinstance(events, Batch):
             return self._adopt(events, weight, time)
-        events = in_memory(events)
         errors: dict[int, EventError] = {}
         ignored: dict[str, int] = {}
         schema = self
         if isinstance(events, np.ndarray):
             values = self._encode_matrix(events)
-        elif isinstance(events, pa.Table):
+        elif isinstance(events := in_memory(events), pa.Table):
             schema, values = self._encode_frame(events, errors, ignored, extend)
         else:
             schema, values = self._encode_dicts(_as_dicts(events), errors, ignored, extend)
