@@ -18,33 +18,20 @@ if TYPE_CHECKING:
 
 NO_WEIGHT: Array = np.empty(0)
 
-# From here on the matrix products are all that counts, and the families' own linear algebra is as fast.
-MOST_FIELDS = 40
-
 
 class BlockKernel:
-    """Learns mini-batches of Gaussian factors, as long as nothing is missing.
+    """Learns mini-batches of Gaussian factors.
 
     Parameters
     ----------
     kernel
-        Whose state is updated.
+        Whose state is updated; `has_compiled_blocks` says whether there is a compiled form.
 
     """
 
     def __init__(self, kernel: EventKernel) -> None:
         self._kernel = kernel
-        plain = (compiled.DIAGONAL, compiled.SPHERICAL, compiled.FULL)
-        sizes = [(factor.kind, len(factor.positions)) for factor in kernel.factors]
-        self._takes_blocks = (
-            all(kind in plain and size <= MOST_FIELDS for kind, size in sizes) and kernel.model.assignment == "soft"
-        )
-        if not self._takes_blocks:
-            return
-        left, right = feature_table(
-            [(factor.positions, kind == compiled.FULL) for factor, (kind, _) in zip(kernel.factors, sizes)]
-        )
-        self._table = left, right
+        self._table = feature_table((factor.positions, factor.kind == compiled.FULL) for factor in kernel.factors)
         self._center = np.empty(len(kernel.schema))
         self._pooled_means = [
             (factor.positions, kernel.array(index, compiled.POOLED_MEAN)) for index, factor in enumerate(kernel.factors)
@@ -57,19 +44,16 @@ class BlockKernel:
         Parameters
         ----------
         batch
-            Events encoded with the kernel's schema.
+            At least one event, encoded with the kernel's schema, nothing missing.
         keep
             Whether components and responsibilities are wanted; they are left empty otherwise.
 
         Returns
         -------
         log_prob, component, responsibilities
-            Shapes (B,), (B,) and (B, K); None when nothing was learned, because a value is missing, there is no
-            compiled form, or the numbers ask for more care.
+            Shapes (B,), (B,) and (B, K); None when nothing was learned, because the numbers ask for more care.
 
         """
-        if not self._takes_blocks or batch.n_events == 0 or batch.observed is not None:
-            return None
         kernel, n_kept = self._kernel, batch.n_events if keep else 0
         log_prob, winners = np.empty(batch.n_events), np.empty(n_kept, dtype=np.int64)
         responsibilities = np.empty((kernel.model.n_components, n_kept))

@@ -68,21 +68,28 @@ OPTIONS: dict[str, Any] = {
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+def _compile(function: Function, **more: Any) -> Any:
+    options = OPTIONS | more
+    try:
+        return njit(**options)(function)
+    except RuntimeError:
+        # There is no place where the compiled code could be kept.
+        return njit(**options | {"cache": False})(function)
+
+
 def compiled(function: Function) -> Function:
     """Compile a function that only compiled code calls: a wrapper for Python would take as long to compile."""
-    options = OPTIONS | {"no_cpython_wrapper": True}
-    return cast(Function, njit(**options)(function))
+    return cast(Function, _compile(function, no_cpython_wrapper=True))
 
 
 def compiled_in_order(function: Function) -> Function:
     """Compile like `compiled`, but for arithmetic in the order in which it is written."""
-    options = OPTIONS | {"no_cpython_wrapper": True, "fastmath": {"contract", "nsz"}}
-    return cast(Function, njit(**options)(function))
+    return cast(Function, _compile(function, no_cpython_wrapper=True, fastmath={"contract", "nsz"}))
 
 
 def entry(function: Function) -> Any:
     """Compile a function that Python calls."""
-    return njit(**OPTIONS)(function)
+    return _compile(function)
 
 
 @compiled
@@ -327,7 +334,7 @@ def _add_with_gaps(state: Array, row: int) -> None:
 
 @compiled
 def _expect(state: Array, gaps: Any, general: Any) -> float:
-    """Write the responsibilities of the event and return its log-density."""
+    """Write the responsibilities of the event and return its log-density, NaN where a covariance fails."""
     n_components, n_factors = int(state[N_COMPONENTS]), int(state[N_FACTORS])
     shares, weights, normalizers = int(state[SHARES]), int(state[WEIGHTS]), int(state[NORMALIZERS])
     for component in range(n_components):
@@ -349,6 +356,8 @@ def _expect(state: Array, gaps: Any, general: Any) -> float:
     # Beyond the range of doubles every component is equally far.
     best = -LARGEST_LOG_DENSITY
     for component in range(n_components):
+        if math.isnan(state[at(shares + component)]):
+            return np.nan
         best = max(best, state[at(shares + component)])
     limit = best - state[SPAN]
     pseudo = state[PRIOR_WEIGHT] / state[SCALE]
@@ -837,15 +846,15 @@ def step(state: Array, weight: float, gaps: Any, general: Any) -> float:
     Returns
     -------
     log_prob
-        NaN when a value is out of range or missing unexpectedly, or the scale has become too small: nothing was
-        learned then. Infinity when a covariance could not be factorized: the statistics are then right, the
-        parameters are not.
+        NaN when a value is out of range or missing unexpectedly, the scale has become too small, or the covariance
+        of the observed fields could not be factorized: nothing was learned then. Infinity when that of an M-step
+        could not: the statistics are then right, the parameters are not.
 
     """
     if not _usable(state, gaps):
         return np.nan
     log_prob = _expect(state, gaps, general)
-    if weight < 0.0:
+    if weight < 0.0 or math.isnan(log_prob):
         return log_prob
     told = log_prob
     if state[HARD] != 0.0:
@@ -869,14 +878,24 @@ def step(state: Array, weight: float, gaps: Any, general: Any) -> float:
     return log_prob if safe else np.inf
 
 
+def entry_point(function: Any, signature: tuple[Any, ...]) -> Callable[..., float]:
+    """Return a function as compiled for these types."""
+    try:
+        function.compile(signature)
+    except OSError:
+        # It is compiled by now, only keeping it on disk has failed.
+        if signature not in map(tuple, function.signatures):
+            raise
+    (found,) = (one for one in function.signatures if tuple(one) == signature)
+    compiled_function: Callable[..., float] = function.overloads[found].entry_point
+    return compiled_function
+
+
 @cache
 def compiled_step(gaps: bool, general: bool) -> Callable[..., float]:
     """Return `step`, compiled or loaded from disk, for the last two arguments None or 0.
 
     Arguments are not looked at again: finding out their types takes longer than scoring an event.
     """
-    flags = [types.float64 if flag else types.none for flag in (gaps, general)]
-    step.compile((VECTOR, types.float64, *flags))
-    (found,) = (one for one in step.signatures if list(one[2:]) == flags)
-    entry_point: Callable[..., float] = step.overloads[found].entry_point
-    return entry_point
+    flags = (types.float64 if flag else types.none for flag in (gaps, general))
+    return entry_point(step, (VECTOR, types.float64, *flags))

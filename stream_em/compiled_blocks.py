@@ -55,6 +55,7 @@ from stream_em.compiled import (
     compiled,
     compiled_in_order,
     entry,
+    entry_point,
 )
 from stream_em.families.gaussian import LARGEST_SQUARED_OFFSET
 from stream_em.numerics import EPSILON, LOG_RESPONSIBILITY_FLOOR, SMALLEST_WEIGHT, Array
@@ -531,17 +532,10 @@ ANSWERS = (VECTOR, MATRIX, INDICES)
 @cache
 def compiled_step_block() -> Callable[..., float]:
     """Return `step_block`, compiled or loaded from disk."""
-    return _entry_point(step_block, (VECTOR, *EVENTS, *ANSWERS))
+    return entry_point(step_block, (VECTOR, *EVENTS, *ANSWERS))
 
 
 @cache
 def compiled_sum_features() -> Callable[..., float]:
     """Return `sum_features`, compiled or loaded from disk."""
-    return _entry_point(sum_features, (MATRIX, *EVENTS, types.int64, types.int64, *ANSWERS, MATRIX))
-
-
-def _entry_point(function: Any, signature: tuple[Any, ...]) -> Callable[..., float]:
-    function.compile(signature)
-    (found,) = (one for one in function.signatures if tuple(one) == signature)
-    entry_point: Callable[..., float] = function.overloads[found].entry_point
-    return entry_point
+    return entry_point(sum_features, (MATRIX, *EVENTS, types.int64, types.int64, *ANSWERS, MATRIX))

@@ -9,7 +9,7 @@ import logging
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -24,11 +24,11 @@ import numpy.typing as npt
 from stream_em import compiled
 from stream_em.families import Bernoulli, Categorical, Exponential, Family, Gaussian, Poisson, Product
 from stream_em.families.categorical import CategoricalParameters
-from stream_em.families.gaussian import LOG_TWO_PI, WEAK_PRIOR, GaussianParameters
+from stream_em.families.gaussian import LOG_TWO_PI, GaussianParameters
 from stream_em.families.mean_valued import MeanParameters, MeanValued
 from stream_em.models import Mixture, MixtureParameters
 from stream_em.numerics import LARGEST_VALUE, Array, safe_divide
-from stream_em.schedules import LEAST_SHARE, Constant, Harmonic, RobbinsMonro, Schedule
+from stream_em.schedules import LEAST_SHARE, Constant, RobbinsMonro, Schedule
 from stream_em.schema import OTHER, SMALLEST_SAMPLE_WEIGHT, Schema
 from stream_em.state import State
 from stream_em.statistics import Moments, Part, Statistics, Sums
@@ -59,6 +59,8 @@ JOINT = (compiled.TIED, compiled.FULL)
 GAUSSIAN = (compiled.DIAGONAL, compiled.SPHERICAL, *JOINT)
 PLAIN = (compiled.DIAGONAL, compiled.SPHERICAL, compiled.FULL)
 
+NOTHING: tuple[str, ...] = ()
+
 # A weight below 0 asks `compiled.step` for the score alone.
 SCORE_ONLY = -1.0
 
@@ -78,8 +80,8 @@ class _Factor(NamedTuple):
     positions: npt.NDArray[np.intp]
 
 
-def _factors(model: Mixture, n_fields: int) -> list[_Factor] | None:
-    """Return the factors in the order in which they are computed, None when one has no compiled form."""
+def _factors(model: Mixture, n_fields: int) -> list[_Factor]:
+    """Return the factors in the order in which they are computed."""
     family = model.family
     if isinstance(family, Product):
         parts = [(one.family, f"{one.name}/", one.positions) for one in family.factors]
@@ -87,19 +89,10 @@ def _factors(model: Mixture, n_fields: int) -> list[_Factor] | None:
         parts = [(family, "", np.arange(n_fields))]
     factors = []
     for one, prefix, positions in parts:
-        kind = COVARIANCES[one.covariance_type] if type(one) is Gaussian else FAMILIES.get(type(one))
-        if kind is None:
-            return None
+        kind = COVARIANCES[one.covariance_type] if isinstance(one, Gaussian) else FAMILIES[type(one)]
         factors.append(_Factor(kind, one, prefix, positions))
     # Gaussian factors last: from there on the log-density only falls, so that far components are given up early.
     return sorted(factors, key=lambda factor: factor.kind)
-
-
-def supports(model: Mixture, schema: Schema, schedule: Schedule) -> bool:
-    """Return whether a bound model under this schedule has a compiled form."""
-    if type(schedule) not in (Harmonic, RobbinsMonro, Constant) or model.prior_weight < WEAK_PRIOR:
-        return False
-    return _factors(model, len(schema)) is not None
 
 
 @contextmanager
@@ -122,7 +115,7 @@ class EventKernel:
     Parameters
     ----------
     model
-        The mixture, bound to `schema`; `supports` says whether there is a compiled form of it.
+        The mixture, bound to `schema`; `has_compiled_form` says whether it can be.
     schema
         The fields.
     schedule
@@ -146,7 +139,6 @@ class EventKernel:
         ignored_fields: Counter[str],
     ) -> None:
         factors = _factors(model, len(schema))
-        assert factors is not None
         self.model, self.schema, self.factors = model, schema, factors
         self._schedule, self._batch_size = schedule, batch_size
         self._ignored_fields = ignored_fields
@@ -460,7 +452,7 @@ class EventKernel:
         """Return `learn` and `score` with all they need at hand: attributes would take as long as the arithmetic."""
         width, getter, all_codes, general = self._width, self._getter, self._codes, self._general
         pack, memory, offset = self._pack_values, self._memory, self._offset
-        vector, infinity = self.vector, math.inf
+        vector, infinity, ignored_fields = self.vector, math.inf, self._ignored_fields
         with _announced():
             step = compiled.compiled_step(gaps=False, general=general is not None)
         encode_with_gaps, learn_otherwise, score_otherwise = (
@@ -469,59 +461,65 @@ class EventKernel:
             self._score_otherwise,
         )
 
-        def encode(event: Mapping[str, Any], learning: bool) -> bool:
+        def encode(event: Mapping[str, Any]) -> bool:
             try:
-                if len(event) != width:
-                    return encode_with_gaps(event, learning)
+                # Other mappings may answer for keys that they do not hold.
+                if len(event) != width or event.__class__ is not dict:
+                    return False
                 values = getter(event)
                 if all_codes:
                     values = list(values)
                     for place, codes in all_codes:
                         values[place] = codes[values[place]]
                 pack(memory, offset, *values)
-            except (KeyError, TypeError, PackingError):
-                return encode_with_gaps(event, learning)
-            except OverflowError:
+            except (KeyError, TypeError, PackingError, OverflowError):
                 return False
             return True
 
         def learn(event: Mapping[str, Any], weight: float = 1.0) -> bool:
-            if not encode(event, True):
+            ignored = NOTHING if encode(event) else encode_with_gaps(event, True)
+            if ignored is None:
                 return False
             if weight != 1.0 and not (weight == 0.0 or SMALLEST_SAMPLE_WEIGHT <= weight <= LARGEST_VALUE):
                 return False
             log_prob = step(vector, weight, None, general)
-            return log_prob < infinity or learn_otherwise(log_prob, weight)
+            learned = log_prob < infinity or learn_otherwise(log_prob, weight)
+            if ignored and learned:
+                ignored_fields.update(ignored)
+            return learned
 
         def score(event: Mapping[str, Any]) -> float | None:
-            if not encode(event, False):
+            if not encode(event) and encode_with_gaps(event, False) is None:
                 return None
             log_prob = step(vector, SCORE_ONLY, None, general)
             return log_prob if log_prob < infinity else score_otherwise()
 
         return learn, score
 
-    def _encode_with_gaps(self, event: Mapping[str, Any], learning: bool) -> bool:
-        """Write an event that may miss fields, have others or hold new categories."""
+    def _encode_with_gaps(self, event: Mapping[str, Any], learning: bool) -> Sequence[str] | None:
+        """Write an event that may miss fields, have others or hold new categories.
+
+        Return the names of fields that are ignored, None when the event cannot be used without growing the schema.
+        """
         extra = [name for name in event if name not in self._names]
         if extra and (self.schema.unknown == "refuse" or (learning and self.schema.unknown == "add")):
-            return False
+            return None
+        if not all(isinstance(name, str) for name in extra):
+            return None
         values = [math.nan if (value := event.get(name)) is None else value for name in self._names]
         try:
             for (place, field), (_, codes) in zip(self._categories, self._codes):
                 label = values[place]
                 if isinstance(label, str):
                     if learning and label not in codes and len(codes) < field.max_categories:
-                        return False
+                        return None
                     values[place] = codes.get(label, OTHER)
                 elif not math.isnan(label):
-                    return False
+                    return None
             self._pack_values(self._memory, self._offset, *values)
         except (TypeError, PackingError, OverflowError):
-            return False
-        if learning:
-            self._ignored_fields.update(extra)
-        return True
+            return None
+        return extra
 
     @cached_property
     def _step_with_gaps(self) -> Callable[..., float]:

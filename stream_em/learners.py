@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -22,7 +23,7 @@ from stream_em.schedules import LEAST_SHARE, RobbinsMonro, Schedule
 from stream_em.schema import OTHER, UNKNOWN_POLICIES, Batch, Schema, SchemaError, in_memory
 from stream_em.seeding import Reservoir, concatenate
 from stream_em.seeding import seed as seed_parameters
-from stream_em.state import State
+from stream_em.state import State, has_compiled_blocks, has_compiled_form
 from stream_em.statistics import MergeError, Statistics
 
 if TYPE_CHECKING:
@@ -321,7 +322,7 @@ class OnlineEM(FittedMixture):
         super().__init__(model, initial_parameters, schema)
         self._schedule: Schedule = RobbinsMonro() if schedule is None else schedule
         self.unknown: Literal["refuse", "ignore", "add"] = unknown
-        self.batch_size = batch_size
+        self._batch_size = batch_size
         self.warm_up = max(200, 20 * model.n_components) if warm_up is None else warm_up
         self.first_m_step = first_m_step
         self.averaging = averaging
@@ -365,7 +366,18 @@ class OnlineEM(FittedMixture):
     def schedule(self, schedule: Schedule) -> None:
         self._schedule = schedule
         # The kernel has a copy; what it has learned is taken over before it is dropped.
-        self._state, self._compiles = self._state, True
+        self._state = self._state
+
+    @property
+    def batch_size(self) -> int:
+        """Events in a mini-batch; it can be changed at any time."""
+        return self._batch_size
+
+    @batch_size.setter
+    def batch_size(self, batch_size: int) -> None:
+        check_whole(batch_size=batch_size)
+        self._batch_size = batch_size
+        self._state = self._state
 
     @property
     def n_events(self) -> int:
@@ -434,7 +446,7 @@ class OnlineEM(FittedMixture):
             When an event or the frame cannot be used; the learner is then exactly as before.
 
         """
-        if isinstance(events, dict) and time is None and isinstance(weight, float | int | None):
+        if type(events) is dict and time is None and isinstance(weight, float | int | None):
             kernel = self.kernel()
             if kernel is not None and kernel.learn(events, 1.0 if weight is None else weight):
                 return self
@@ -447,25 +459,42 @@ class OnlineEM(FittedMixture):
         There is none during the warm-up, without Numba, and for what has no compiled form: `averaging`, `HalfLife`,
         families and schedules from outside this library. What the kernel learns, the learner has learned.
         """
-        if self._kernel is None and self._compiles:
-            self._kernel = self._compiled()
-        return self._kernel
+        return self._kernel_with("learn", has_compiled_form)
 
-    def _compiled(self) -> EventKernel | None:
+    def _kernel_with(self, part: str, has_form: Callable[[Mixture, Schedule], bool]) -> EventKernel | None:
+        """Return the kernel once a part of it is compiled, None where there is no compiled form or no way to it."""
+        kernel = self._kernel
+        if kernel is not None and part in kernel.__dict__:
+            return kernel
         state, bound, schema = self._known, self._bound, self._schema
-        if bound is None or schema is None or state.statistics is None or not state.n_updates or self._unseen:
+        if (
+            bound is None
+            or schema is None
+            or not self._compiles
+            or self.averaging
+            or not has_form(bound, self.schedule)
+        ):
+            return None
+        if kernel is None and (state.statistics is None or not state.n_updates or self._unseen):
             return None
         try:
-            from stream_em.event_kernel import EventKernel, supports
-        except ModuleNotFoundError as error:
-            if error.name != "numba":
-                raise
-            self._compiles = False
+            from stream_em.event_kernel import EventKernel
+
+            kernel = kernel or EventKernel(bound, schema, self.schedule, self.batch_size, state, self.ignored_fields)
+            getattr(kernel, part)
+        except Exception as error:
+            if not (isinstance(error, ModuleNotFoundError) and error.name == "numba"):
+                warnings.warn(
+                    f"compiled code cannot be loaded ({type(error).__name__}: {error}), so single events and small "
+                    "mini-batches are learned in NumPy, which is slower; if its cache is damaged or cannot be written, "
+                    "set NUMBA_CACHE_DIR to another folder",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+            self._state, self._compiles = self._state, False
             return None
-        self._compiles = not self.averaging and supports(bound, schema, self.schedule)
-        if not self._compiles:
-            return None
-        return EventKernel(bound, schema, self.schedule, self.batch_size, state, self.ignored_fields)
+        self._kernel = kernel
+        return kernel
 
     def predict_then_update(
         self, events: Events, weight: npt.ArrayLike | None = None, time: npt.ArrayLike | None = None
@@ -655,13 +684,15 @@ class OnlineEM(FittedMixture):
     def _step_compiled(self, piece: Batch, predictions: list[Prediction] | None) -> bool:
         """Take the step in compiled code, where there is some; return whether it was taken."""
         # Loading it takes as long as many steps in NumPy.
-        kernel = self.kernel() if self._known.n_updates >= COMPILE_AFTER else self._kernel
-        if kernel is None:
+        if piece.observed is not None or (self._kernel is None and self._known.n_updates < COMPILE_AFTER):
             return False
-        learned = kernel.blocks.learn(piece, keep=predictions is not None)
-        if learned is not None and predictions is not None:
+        kernel = self._kernel_with("blocks", has_compiled_blocks)
+        learned = None if kernel is None else kernel.blocks.learn(piece, keep=predictions is not None)
+        if learned is None:
+            return False
+        if predictions is not None:
             predictions.append(Prediction(*learned))
-        return learned is not None
+        return True
 
     def _settle(self, bound: Mixture, piece: Batch) -> None:
         """Take in fields that had no value in the warm-up, if they have one now."""

@@ -85,7 +85,7 @@ def cholesky(covariance: Array) -> tuple[Array, Array]:
     Raises
     ------
     NumericalError
-        When a covariance stays indefinite with its own variances added to its diagonal.
+        When a covariance is not finite.
 
     >>> repaired, factor = cholesky(np.array([[[1.0, 1.0], [1.0, 1.0]]]))
     >>> bool(np.allclose(factor @ factor.transpose(0, 2, 1), repaired))
@@ -121,9 +121,10 @@ def _cholesky_with_jitter(covariance: Array) -> tuple[Array, Array]:
             if (np.diagonal(factor) ** 2 >= SMALLEST_RELATIVE_PIVOT * np.diagonal(candidate)).all():
                 break
         else:
-            raise NumericalError(
-                f"covariance {index} is not positive definite even with its own variances added: {matrix.tolist()}"
-            )
+            if not np.isfinite(matrix).all():
+                raise NumericalError(f"covariance {index} is not finite: {matrix.tolist()}")
+            # Nothing of the correlations is left but rounding.
+            candidate = factor = np.eye(dimension)
         matrices[index] = candidate * unit * unit[:, None]
         factors[index] = factor * unit[:, None]
     return matrices.reshape(covariance.shape), factors.reshape(covariance.shape)

@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
+from fractions import Fraction
 from functools import cached_property
 from operator import itemgetter
 from typing import Any, Literal
@@ -28,6 +30,8 @@ LARGEST_COUNT = 1e12
 
 # Smaller weights would be lost beside the prior, and their products leave the range of doubles.
 SMALLEST_SAMPLE_WEIGHT = 1e-100
+
+NUMBERS = int | float | np.integer | np.floating | Decimal | Fraction
 
 EXPECTED: dict[str, str] = {
     "numeric": f"a finite number of magnitude at most {LARGEST_VALUE:g}",
@@ -543,7 +547,8 @@ class Schema:
         width = len(self.names)
         schema = self
         try:
-            if any(len(event) != width for event in events):
+            # Mappings other than dicts may answer for keys that they do not hold.
+            if any(len(event) != width or type(event) is not dict for event in events):
                 raise KeyError
             rows = list(map(self._getter, events))
         except (KeyError, TypeError):
@@ -601,7 +606,8 @@ class Schema:
             return True
         # One pass tells that all is well: the sum of squares is not finite if any value is NaN or infinite.
         flat = values.ravel(order="K")
-        complete = float(np.dot(flat, flat)) < LARGEST_VALUE
+        with np.errstate(over="ignore"):
+            complete = float(np.dot(flat, flat)) < LARGEST_VALUE
         if complete and self._all_numeric:
             return True
         if not complete:
@@ -714,7 +720,7 @@ def _is_missing(value: object) -> bool:
 def _kind_of_value(index: int, name: str, value: object) -> Kind:
     if isinstance(value, bool | np.bool_):
         return "flag"
-    if isinstance(value, int | float | np.integer | np.floating):
+    if isinstance(value, NUMBERS):
         return "numeric"
     if isinstance(value, str):
         return "category"
@@ -819,10 +825,10 @@ def _encode_objects(
         return one
     for index, value in enumerate(column):
         out[index] = np.nan
-        if isinstance(value, int | float | np.integer | np.floating | np.bool_):
+        if isinstance(value, NUMBERS | np.bool_):
             try:
                 out[index] = value
-            except OverflowError:
+            except (OverflowError, ValueError):
                 errors.setdefault(index, EventError(index, one.name, value, EXPECTED[one.kind]))
         elif not _is_missing(value):
             errors.setdefault(index, EventError(index, one.name, value, EXPECTED[one.kind]))

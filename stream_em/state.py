@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stream_em.models import MixtureParameters
+from stream_em.families import Bernoulli, Categorical, Exponential, Family, Gaussian, Poisson, Product
+from stream_em.families.gaussian import WEAK_PRIOR
+from stream_em.models import Mixture, MixtureParameters
+from stream_em.schedules import Constant, Harmonic, RobbinsMonro, Schedule
 from stream_em.statistics import Statistics
+
+COMPILED_FAMILIES: tuple[type[Family], ...] = (Bernoulli, Categorical, Exponential, Gaussian, Poisson)
+COMPILED_SCHEDULES = (Constant, Harmonic, RobbinsMonro)
+
+# In blocks of more fields the matrix products are all that counts, and NumPy's are as fast.
+MOST_FIELDS_IN_BLOCKS = 40
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,3 +44,33 @@ class State:
     n_events: int = 0
     total_weight: float = 0.0
     n_updates: int = 0
+
+
+def has_compiled_form(model: Mixture, schedule: Schedule) -> bool:
+    """Return whether single events can be learned in compiled code by a bound model under this schedule."""
+    # A prior too weak to keep covariances well-defined asks for repairs that only NumPy makes.
+    return (
+        type(schedule) in COMPILED_SCHEDULES
+        and model.prior_weight >= WEAK_PRIOR
+        and all(type(family) in COMPILED_FAMILIES for family, _ in _leaves(model))
+    )
+
+
+def has_compiled_blocks(model: Mixture, schedule: Schedule) -> bool:
+    """Return whether mini-batches can be learned in compiled code, as long as no value is missing."""
+    return (
+        has_compiled_form(model, schedule)
+        and model.assignment == "soft"
+        and all(
+            isinstance(family, Gaussian) and family.covariance_type != "tied" and size <= MOST_FIELDS_IN_BLOCKS
+            for family, size in _leaves(model)
+        )
+    )
+
+
+def _leaves(model: Mixture) -> list[tuple[Family, int]]:
+    """Return the families of a bound model that are no products, with their numbers of fields."""
+    if isinstance(model.family, Product):
+        return [(factor.family, len(factor.positions)) for factor in model.family.factors]
+    assert model.schema is not None
+    return [(model.family, len(model.schema))]

@@ -97,8 +97,13 @@ class Moments:
             between = reduced * delta * delta
         else:
             mean = self.mean + share[:, None] * delta
-            weighted = reduced[:, None] * delta
-            between = weighted.T @ delta if self.is_tied else weighted[:, :, None] * delta[:, None, :]
+            # Written so that the products are the same for (i, j) and (j, i) to the last digit.
+            if self.is_tied:
+                weighted = np.sqrt(reduced)[:, None] * delta
+                between = weighted.T @ weighted
+            else:
+                between = delta[:, :, None] * delta[:, None, :]
+                between *= reduced[:, None, None]
         scatter = self.scatter + other.scatter
         scatter += between
         return Moments(weight, mean, scatter)

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import pickle
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -267,3 +273,104 @@ def test_what_has_no_compiled_form_is_learned_in_numpy() -> None:
     for time, event in enumerate(events):
         learner.update(event, time=float(time))
     assert learner.kernel() is None
+
+
+def test_an_event_with_a_gap_whose_own_covariance_is_singular_is_left_to_numpy() -> None:
+    generator = np.random.default_rng(0)
+    first, second = generator.normal(size=200_000), 1e-4 * generator.normal(size=200_000)
+    values = np.stack([first, first + second + 1e-7 * generator.normal(size=200_000), second], axis=1)
+    learners = [
+        OnlineEM(
+            Mixture(Gaussian(), 1, prior_weight=1e-9), schedule=Harmonic(), warm_up=1_000, batch_size=10_000
+        ).update(values)
+        for _ in range(2)
+    ]
+    event = {"x1": float(values[5, 1]), "x2": float(values[5, 2])}
+    assert kernel_of(learners[0]).score(event) is None
+    learners[0].update(event)
+    learners[1].update([event])
+    assert_alike(*learners)
+
+
+def test_only_what_is_learned_counts_as_ignored_and_only_once() -> None:
+    schema = Schema({"a": "numeric", "b": "numeric"}, unknown="ignore")
+    learner = OnlineEM(Mixture(Gaussian(), 2), schema=schema, warm_up=20, schedule=Constant(0.9), batch_size=1)
+    learner.update(np.random.default_rng(0).normal(size=(25, 2)))
+    assert learner.kernel() is not None
+    for event, weight in (({"a": 1e200, "b": 2.0}, 1.0), ({"a": 1.0, "b": 2.0}, -1.0), ({"a": None, "b": None}, 1.0)):
+        with pytest.raises(EventError):
+            learner.update(event | {"z": 1.0}, weight)
+    assert not learner.ignored_fields
+    learner.update({"a": 1.0, "b": 2.0, "z": 5.0}, 1000.0)
+    assert learner.ignored_fields == {"z": 1}
+
+
+@pytest.mark.parametrize("kind", [defaultdict, Counter])
+def test_mappings_that_answer_for_any_key_are_read_by_their_keys(kind: type[dict[str, float]]) -> None:
+    schema = Schema({"a": "numeric", "b": "numeric"})
+    learner = OnlineEM(Mixture(Gaussian(), 2), schema=schema, warm_up=20)
+    learner.update(np.random.default_rng(0).normal(size=(25, 2)))
+    assert learner.kernel() is not None
+    event = kind(float) if kind is defaultdict else kind()
+    event |= {"a": 1.0, "z": 3.0}
+    for given_event in (event, [event]):
+        with pytest.raises(EventError, match="'z'"):
+            learner.update(given_event)
+    assert event == {"a": 1.0, "z": 3.0}
+
+
+def test_any_number_is_a_number_before_and_after_the_warm_up() -> None:
+    numbers = {"x": Decimal("1.5"), "y": Fraction(1, 3), "z": np.float32(2.0)}
+    learner, reference = twins("gaussian_full")
+    for event in (numbers, {"x": Decimal("NaN"), "y": 1, "z": True}):
+        learner.update(event)
+        reference.update([event])
+    assert_alike(learner, reference)
+
+
+def test_schedule_and_batch_size_can_be_changed_on_the_way() -> None:
+    learners = twins("gaussian_full")
+    for position, event in enumerate(draw_events("gaussian_full", 90, 3)):
+        for learner, given_event in zip(learners, (event, [event])):
+            if position == 30:
+                learner.batch_size = 10
+            if position == 60:
+                learner.schedule = Constant(0.3)
+            learner.update(given_event)
+    assert_alike(*learners)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"NUMBA_DISABLE_JIT": "1"}, {"NUMBA_CACHE_DIR": "/proc/nowhere"}], ids=["no compiler", "no cache"]
+)
+def test_without_compiler_or_cache_events_are_still_learned(setting: dict[str, str]) -> None:
+    program = (
+        "import numpy as np; from stream_em import *\n"
+        "learner = OnlineEM(Mixture(Gaussian(), 2), warm_up=20).update(np.random.default_rng(0).normal(size=(25, 2)))\n"
+        "for _ in range(3): learner.update({'x0': 1.0, 'x1': 2.0})\n"
+        "print(learner.n_events)"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")} | setting
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "28", done.stderr
+    if "NUMBA_DISABLE_JIT" in setting:
+        assert done.stderr.count("compiled code cannot be loaded") == 1
+
+
+@pytest.mark.parametrize("kind", ["full", "tied"])
+def test_one_event_that_outweighs_all_others_leaves_a_sound_model(kind: str) -> None:
+    schema = Schema({"x": "numeric", "y": "numeric", "z": "numeric"})
+    for seed in range(30):
+        generator = np.random.default_rng(seed)
+        learner = OnlineEM(
+            Mixture(Gaussian(kind), 2),  # type: ignore[arg-type]
+            schema=schema,
+            schedule=Constant(0.9),
+            batch_size=1,
+            warm_up=20,
+        ).update(generator.normal(size=(20, 3)))
+        for _ in range(2):
+            learner.update(generator.normal(size=(1, 3)).round(1), [1000.0])
+        for _ in range(2):
+            learner.update(dict(zip("xyz", generator.normal(size=3).round(1).tolist())), 1e6)
+        assert_sound(learner.model, learner.parameters, schema)

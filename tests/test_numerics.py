@@ -64,9 +64,16 @@ def test_stacks_and_single_matrices() -> None:
     assert np.array_equal(alone_factor, factor[1])
 
 
-def test_hopeless_matrices_are_refused() -> None:
-    with pytest.raises(NumericalError, match="covariance 1 is not positive definite"):
-        cholesky(np.stack([np.eye(2), np.array([[1.0, 9.0], [9.0, 1.0]])]))
+def test_products_that_are_only_rounding_are_dropped() -> None:
+    hopeless = np.array([[4.0, 90.0], [90.0, 1.0]])
+    repaired, factor = cholesky(np.stack([np.eye(2), hopeless]))
+    assert np.array_equal(repaired[1], np.diag([4.0, 1.0]))
+    assert np.array_equal(factor[1], np.diag([2.0, 1.0]))
+
+
+def test_what_is_not_finite_is_refused() -> None:
+    with pytest.raises(NumericalError, match="covariance 1 is not finite"):
+        cholesky(np.stack([np.eye(2), np.array([[1.0, np.nan], [np.nan, 1.0]])]))
 
 
 def test_safe_divide() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stream_em.families.base import Block, Family, FamilyError, Mask, Parts
-from stream_em.numerics import EPSILON, SMALLEST_WEIGHT, Array, NumericalError, cholesky, safe_divide
+from stream_em.numerics import EPSILON, SMALLEST_WEIGHT, Array, cholesky, safe_divide
 from stream_em.schema import Field
 from stream_em.statistics import Moments
 
@@ -208,7 +208,9 @@ class _JointBlock(Block):
         column = np.maximum(weight, SMALLEST_WEIGHT)[:, None]
         offset = first / column
         scatter = sums[:, self.layout.unpack]
-        scatter -= offset[:, :, None] * first[:, None, :]
+        between = offset[:, :, None] * offset[:, None, :]
+        between *= column[:, :, None]
+        scatter -= between
         diagonal = _diagonal(scatter)
         np.maximum(diagonal, 0.0, out=diagonal)
         own_centers = centers if self.observed is None else centers[:, self.observed]
@@ -322,18 +324,9 @@ class _SeparateBlock(Block):
 
 
 def _collinear(covariance: Array) -> npt.NDArray[np.bool_]:
-    """Return which matrices of a stack (..., D, D) are not safely positive definite.
-
-    Those beyond repair, whose products are rounding and nothing else, lose them in place.
-    """
+    """Return which matrices of a stack (..., D, D) are not safely positive definite."""
     dimension = covariance.shape[-1]
-    collinear = []
-    for matrix in covariance.reshape(-1, dimension, dimension):
-        try:
-            collinear.append(cholesky(matrix)[0] is not matrix)
-        except NumericalError:
-            collinear.append(True)
-            matrix[~np.eye(dimension, dtype=bool)] = 0.0
+    collinear = [cholesky(matrix)[0] is not matrix for matrix in covariance.reshape(-1, dimension, dimension)]
     return np.array(collinear).reshape(covariance.shape[:-2])
 
 
@@ -539,14 +532,15 @@ class Gaussian(Family):
                 variance = scatter / total
             return mean, variance + self.reg_covar
         mean = prior.mean + share[:, None] * deviation
-        between = (prior.weight * share)[:, None] * deviation
         if self.covariance_type == "tied":
-            scatter = moments.scatter + between.T @ deviation
+            between = np.sqrt(prior.weight * share)[:, None] * deviation
+            scatter = moments.scatter + between.T @ between
             diagonal = _diagonal(scatter)
             diagonal += len(mean) * spread
             scatter /= np.add.reduce(total)
         else:
-            scatter = between[:, :, None] * deviation[:, None, :]
+            scatter = deviation[:, :, None] * deviation[:, None, :]
+            scatter *= (prior.weight * share)[:, None, None]
             scatter += moments.scatter
             diagonal = _diagonal(scatter)
             diagonal += spread
