@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import re
 from pathlib import Path
 
 from benchmarks import detection, files, iteration, river_door, sklearn_door, startup
@@ -19,28 +20,33 @@ SECTIONS = {
 }
 
 
+PAGE = Path(__file__).parent / "README.md"
+HEAD = """# Benchmarks
+
+Printed by `make bench` (`python -m benchmarks --write`). Peers run in the same process or the same call, and the figure
+is a ratio; absolute times are those of one shared machine. Each section ends with the machine, versions and date.
+
+"""
+
+
 def main() -> None:
     """Print the tables; with `--write`, put them into benchmarks/README.md."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--only", help=f"sections, separated by commas: {', '.join(SECTIONS)}")
-    parser.add_argument("--write", action="store_true", help="write the tables into benchmarks/README.md")
+    parser.add_argument("--write", action="store_true", help="write each section into benchmarks/README.md when done")
     arguments = parser.parse_args()
     chosen = arguments.only.split(",") if arguments.only else list(SECTIONS)
     if unknown := [name for name in chosen if name not in SECTIONS]:
         parser.error(f"unknown sections: {', '.join(unknown)}")
-    texts = []
+    sections = dict(re.findall(r"<!-- (\w+) -->\n(.*?)\n<!-- end -->", PAGE.read_text(), re.DOTALL))
     for name in chosen:
         print(name, flush=True)
-        texts.extend(table.markdown() for table in SECTIONS[name]())
-    page = (
-        "# Benchmarks\n\n"
-        "Printed by `make bench` (`python -m benchmarks --write`). Peers run in the same process or the same call, "
-        "and the figure is a ratio; absolute times are those of one shared machine.\n\n"
-        f"{machine()}, {datetime.date.today()}.\n\n" + "\n".join(texts)
-    )
-    print(page)
-    if arguments.write:
-        (Path(__file__).parent / "README.md").write_text(page)
+        tables = "\n".join(table.markdown() for table in SECTIONS[name]())
+        sections[name] = f"{tables}\n{machine()}, {datetime.date.today()}."
+        print(sections[name], flush=True)
+        if arguments.write:
+            parts = (f"<!-- {one} -->\n{sections[one]}\n<!-- end -->\n" for one in SECTIONS if one in sections)
+            PAGE.write_text(HEAD + "\n".join(parts))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class BlockKernel:
         self._pooled_means = [
             (factor.positions, kernel.array(index, compiled.POOLED_MEAN)) for index, factor in enumerate(kernel.factors)
         ]
-        self._step = compiled_blocks.compiled_step_block()
+        self._step = compiled_blocks.compiled_step_block(general=kernel.general is not None)
 
     def learn(self, batch: Batch, *, keep: bool) -> tuple[Array, npt.NDArray[np.int64], Array] | None:
         """Learn from a mini-batch; return what was thought of its events before.
@@ -68,6 +68,7 @@ class BlockKernel:
             log_prob,
             responsibilities,
             winners,
+            kernel.general,
         )
         if math.isnan(log_likelihood):
             return None

@@ -348,7 +348,7 @@ def _expect(state: Array, gaps: Any, general: Any) -> float:
             _add_means(state, row)
         elif gaps is not None:
             _add_with_gaps(state, row)
-        elif kind < TIED:
+        elif general is not None and kind < TIED:
             _add_separate(state, row)
         else:
             # Only the last factor may be left unfinished: what comes after could raise the density.
@@ -502,10 +502,10 @@ def _absorb(state: Array, weight: float, gaps: Any, general: Any) -> None:
             if new == 0.0:
                 continue
             start = component * size
-            if general is not None and kind < DIAGONAL:
-                _absorb_other(state, row, component, new)
-            elif kind >= TIED:
+            if general is None or kind >= TIED:
                 _absorb_joint(state, row, component, new, gaps)
+            elif kind < DIAGONAL:
+                _absorb_other(state, row, component, new)
             else:
                 _absorb_moments(state, value, size, own_weight + start, mean + start, scatter + start, new)
     for component in range(n_components):
@@ -779,10 +779,10 @@ def _maximize(state: Array, weight: float, everything: bool, general: Any) -> bo
             for index in range(int(state[N_FACTORS])):
                 row = HEADER + index * ROW
                 kind = int(state[row + KIND])
-                if general is not None and kind < DIAGONAL:
-                    _maximize_other(state, row, component, pseudo)
-                elif kind == FULL:
+                if general is None or kind == FULL:
                     safe &= _maximize_full(state, row, component, pseudo)
+                elif kind < DIAGONAL:
+                    _maximize_other(state, row, component, pseudo)
                 elif kind != TIED:
                     _maximize_separate(state, row, component, pseudo)
         if due or tied:
@@ -841,7 +841,7 @@ def step(state: Array, weight: float, gaps: Any, general: Any) -> float:
         Weight of the event, >= 0; where it is negative the event is only scored.
     gaps, general
         None, or any number: whether values may be missing, and whether there are factors other than Gaussians
-        with a covariance for each component. Where they are None, the code for them is not even compiled.
+        with full covariances. Where they are None, the code for them is not even compiled.
 
     Returns
     -------

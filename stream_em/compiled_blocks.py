@@ -473,6 +473,7 @@ def step_block(
     log_prob: Array,
     responsibilities: Array,
     winners: Any,
+    general: Any,
 ) -> float:
     """Learn from a mini-batch, and write what was thought of each event before.
 
@@ -482,6 +483,8 @@ def step_block(
         The vector.
     left, right, center, values, weight, log_prob, responsibilities, winners
         As `sum_features` has them; the center is the pooled mean.
+    general
+        None, or any number: whether there are covariances other than full ones.
 
     Returns
     -------
@@ -518,7 +521,7 @@ def step_block(
     state[N_UPDATES] += 1.0
     for component in range(n_components):
         state[at(int(state[SHARES]) + component)] = sums[component, n_columns - 1] / total_weight
-    safe = _maximize(state, total_weight, whole_batch, None)
+    safe = _maximize(state, total_weight, whole_batch, general)
     if whole_batch:
         _measure_span(state)
     return log_likelihood if safe else np.inf
@@ -530,9 +533,9 @@ ANSWERS = (VECTOR, MATRIX, INDICES)
 
 
 @cache
-def compiled_step_block() -> Callable[..., float]:
-    """Return `step_block`, compiled or loaded from disk."""
-    return entry_point(step_block, (VECTOR, *EVENTS, *ANSWERS))
+def compiled_step_block(general: bool) -> Callable[..., float]:
+    """Return `step_block`, compiled or loaded from disk, for the last argument None or 0."""
+    return entry_point(step_block, (VECTOR, *EVENTS, *ANSWERS, types.float64 if general else types.none))
 
 
 @cache

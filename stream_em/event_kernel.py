@@ -57,7 +57,6 @@ COVARIANCES = {
 }
 JOINT = (compiled.TIED, compiled.FULL)
 GAUSSIAN = (compiled.DIAGONAL, compiled.SPHERICAL, *JOINT)
-PLAIN = (compiled.DIAGONAL, compiled.SPHERICAL, compiled.FULL)
 
 NOTHING: tuple[str, ...] = ()
 
@@ -162,8 +161,7 @@ class EventKernel:
         self.vector = np.zeros(self._size)
         for slot, value in header.items():
             self.vector[slot] = value
-        general = any(factor.kind not in PLAIN for factor in factors)
-        self._general = 0.0 if general else None
+        self.general = None if all(factor.kind == compiled.FULL for factor in factors) else 0.0
         self._write_schedule(schedule)
         self._write_table()
         self._shares = self._slice(compiled.SHARES, n_components)
@@ -450,7 +448,7 @@ class EventKernel:
     @cached_property
     def _calls(self) -> tuple[Callable[..., bool], Callable[[Mapping[str, Any]], float | None]]:
         """Return `learn` and `score` with all they need at hand: attributes would take as long as the arithmetic."""
-        width, getter, all_codes, general = self._width, self._getter, self._codes, self._general
+        width, getter, all_codes, general = self._width, self._getter, self._codes, self.general
         pack, memory, offset = self._pack_values, self._memory, self._offset
         vector, infinity, ignored_fields = self.vector, math.inf, self._ignored_fields
         with _announced():
@@ -524,10 +522,10 @@ class EventKernel:
     @cached_property
     def _step_with_gaps(self) -> Callable[..., float]:
         with _announced():
-            return compiled.compiled_step(gaps=True, general=self._general is not None)
+            return compiled.compiled_step(gaps=True, general=self.general is not None)
 
     def _score_otherwise(self) -> float | None:
-        log_prob = self._step_with_gaps(self.vector, SCORE_ONLY, 0.0, self._general)
+        log_prob = self._step_with_gaps(self.vector, SCORE_ONLY, 0.0, self.general)
         return None if math.isnan(log_prob) else log_prob
 
     def _learn_otherwise(self, log_prob: float, weight: float) -> bool:
@@ -535,7 +533,7 @@ class EventKernel:
         if math.isnan(log_prob):
             if self.vector[compiled.SCALE] < LEAST_SCALE:
                 self._pack(self._unpack())
-            log_prob = self._step_with_gaps(self.vector, weight, 0.0, self._general)
+            log_prob = self._step_with_gaps(self.vector, weight, 0.0, self.general)
         if log_prob == math.inf:
             self.repair(weight, 1)
         return not math.isnan(log_prob)

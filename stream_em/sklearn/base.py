@@ -113,6 +113,7 @@ class BaseMixture(DensityMixin, BaseEstimator, ABC):  # type: ignore[misc]
     }
     _regularizer: ClassVar[str]
     _learner: OnlineEM
+    _dtype: npt.DTypeLike = np.float64
 
     n_components: int
     tol: float
@@ -156,6 +157,10 @@ class BaseMixture(DensityMixin, BaseEstimator, ABC):  # type: ignore[misc]
 
     def _result_type(self, X: Any) -> npt.DTypeLike:
         return np.float64
+
+    def _unit_of_weight(self, batch: Batch) -> float:
+        """Return the weight that counts as one sample while `fit` runs."""
+        return 1.0
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -216,11 +221,15 @@ class BaseMixture(DensityMixin, BaseEstimator, ABC):  # type: ignore[misc]
                 f"n_samples = {whole.n_events}"
             )
         batch = _with_weight(_weighted(whole, weights_of(sample_weight, whole.values.T)))
-        batch = replace(batch, values=np.ascontiguousarray(batch.values, dtype=np.float64))
+        unit = self._unit_of_weight(batch)
+        weight = None if batch.weight is None else batch.weight / unit
+        batch = replace(batch, values=np.ascontiguousarray(batch.values, dtype=np.float64), weight=weight)
         model = self._mixture(batch.schema)
+        start = self._continued(model) if warm else None
         bound = model.bind(batch.schema)
-        start = self._continued(bound) if warm else self._given_start(bound)
-        previous = getattr(self, "lower_bound_", -math.inf) if warm else -math.inf
+        if start is None:
+            start = self._given_start(bound)
+        previous = float(getattr(self, "lower_bound_", -math.inf)) if warm else -math.inf
         starts = 1 if start is not None else self.n_init
         random = self._generator()
         with _Progress(bool(self.verbose), starts * self.max_iter) as advance:
@@ -228,7 +237,7 @@ class BaseMixture(DensityMixin, BaseEstimator, ABC):  # type: ignore[misc]
                 best = self._run(bound, start, batch, advance, previous)
             else:
                 best = self._best_of(starts, bound, batch, random, advance)
-        self._settle(model, best, batch)
+        self._settle(model, best, batch, unit)
         return whole
 
     def _best_of(self, starts: int, bound: Mixture, batch: Batch, random: np.random.Generator, advance: Any) -> _Run:
@@ -282,16 +291,16 @@ class BaseMixture(DensityMixin, BaseEstimator, ABC):  # type: ignore[misc]
                 break
         return run
 
-    def _settle(self, model: Mixture, run: _Run, batch: Batch) -> None:
+    def _settle(self, model: Mixture, run: _Run, batch: Batch, unit: float) -> None:
         """Keep what a fit came to, so that `partial_fit` can go on from it, and say what went wrong."""
         learner = self._make_learner(model, batch.schema, run.parameters)
         if run.statistics is not None:
-            learner.resume(run.statistics, batch.n_events)
+            learner.resume(run.statistics.scale(unit), batch.n_events)
         self._learner = learner
         self.converged_ = run.converged
         self.n_iter_ = len(run.bounds)
-        self.lower_bound_ = run.bound
-        self.lower_bounds_ = run.bounds
+        self.lower_bounds_ = list(np.array(run.bounds, dtype=self._dtype))
+        self.lower_bound_ = self.lower_bounds_[-1] if self.lower_bounds_ else -math.inf
         self.n_samples_seen_ = batch.n_events
         self._publish(run.parameters)
         if run.ill_defined.any():
@@ -327,12 +336,12 @@ class BaseMixture(DensityMixin, BaseEstimator, ABC):  # type: ignore[misc]
     def _starts_from_data_alone(self) -> bool:
         return self.init_params == "kmeans"
 
-    def _continued(self, bound: Mixture) -> MixtureParameters:
+    def _continued(self, model: Mixture) -> MixtureParameters:
         fitted = self._fitted()
-        if not _same_shape(fitted.model, bound):
+        if not _same_shape(fitted.model, model):
             raise ValueError(
                 "warm_start=True goes on from the fitted components, but they are others now: fitted was "
-                f"{fitted.model}, asked for is {bound}; set warm_start=False to start anew"
+                f"{fitted.model}, asked for is {model}; set warm_start=False to start anew"
             )
         return fitted.parameters
 
@@ -359,9 +368,8 @@ class BaseMixture(DensityMixin, BaseEstimator, ABC):  # type: ignore[misc]
             The mixture.
 
         """
+        self._validate_params()
         known = self._is_fitted()
-        if not known:
-            self._validate_params()
         batch = self._read(X, reset=not known, learn=True)
         # Once something was learned, samples without any weight are no mistake: they add nothing.
         batch = _weighted(batch, weights_of(sample_weight, batch.values.T, none_will_do=known))
@@ -370,23 +378,35 @@ class BaseMixture(DensityMixin, BaseEstimator, ABC):  # type: ignore[misc]
         else:
             model = self._mixture(batch.schema)
             learner = self._make_learner(model, batch.schema, self._given_start(model.bind(batch.schema)))
-        learner.schedule, learner.batch_size = self._schedule(), int(self.batch_size)
+        self._set_pace(learner)
         learner = self._learned(learner, batch)
         statistics = learner.statistics
         self._learner = learner
         self.converged_ = False
         self.n_iter_ = getattr(self, "n_iter_", 0) + 1 if known else 1
-        self.lower_bound_ = -math.inf
+        self.lower_bound_ = self._mean_log_likelihood(statistics)
         self.lower_bounds_ = getattr(self, "lower_bounds_", []) if known else []
         self.n_samples_seen_ = learner.n_events
         self._publish(learner.parameters)
         if statistics is not None:
-            self.lower_bound_ = statistics.log_likelihood / statistics.total_weight
             ill = _ill_defined_of(learner._bound_model(), statistics)
             if ill.any():
                 named = ", ".join(map(str, np.flatnonzero(ill)))
                 warnings.warn(ILL_DEFINED.format(named, self._regularizer), ConvergenceWarning, stacklevel=2)
         return self
+
+    def _set_pace(self, learner: OnlineEM) -> None:
+        schedule, batch_size = self._schedule(), int(self.batch_size)
+        # Setting either costs the learner its compiled state.
+        if learner.schedule != schedule:
+            learner.schedule = schedule
+        if learner.batch_size != batch_size:
+            learner.batch_size = batch_size
+
+    def _mean_log_likelihood(self, statistics: Statistics | None) -> Any:
+        if statistics is None:
+            return -math.inf
+        return np.asarray(statistics.log_likelihood / statistics.total_weight, dtype=self._dtype)[()]
 
     def _learned(self, learner: OnlineEM, batch: Batch) -> OnlineEM:
         """Return a learner that has learned the batch too: the same, or the one that follows its warm-up."""
@@ -404,16 +424,17 @@ class BaseMixture(DensityMixin, BaseEstimator, ABC):  # type: ignore[misc]
 
     def _current_learner(self) -> OnlineEM:
         learner: OnlineEM | None = getattr(self, "_learner", None)
-        if learner is None or not self._is_published(learner.parameters):
-            fitted = self._fitted()
-            return self._make_learner(fitted.model, fitted._known_schema(), fitted.parameters)
-        described = self._mixture(learner._known_schema())
-        if learner.model != described:
+        if learner is not None and not self._is_published(learner.parameters):
+            learner = None
+        fitted = self._fitted() if learner is None else learner
+        described = self._mixture(fitted._known_schema())
+        same = _same_shape(fitted.model, described) if learner is None else learner.model == described
+        if not same:
             raise ValueError(
                 "partial_fit goes on with the mixture that was fitted, but parameters that describe it were changed "
-                f"since: it was {learner.model}, it is {described}; call fit, or set them back"
+                f"since: it was {fitted.model}, it is {described}; call fit, or set them back"
             )
-        return learner
+        return self._make_learner(described, fitted._known_schema(), fitted.parameters) if learner is None else learner
 
     def _make_learner(self, model: Mixture, schema: Schema, start: MixtureParameters | None) -> OnlineEM:
         rows = self.n_components * max(20, 5 * len(schema)) if self.warm_up is None else int(self.warm_up)
@@ -460,6 +481,9 @@ class BaseMixture(DensityMixin, BaseEstimator, ABC):  # type: ignore[misc]
         Statistics of different shares of the samples add up, so where `step_size="harmonic"` the result is
         that of one mixture that has learned all the shares.
 
+        Merge each fork once: a mixture does not know which forks it holds already, and counts the samples of one
+        that comes again, or of another copy of it, a second time.
+
         Parameters
         ----------
         other : object
@@ -473,7 +497,8 @@ class BaseMixture(DensityMixin, BaseEstimator, ABC):  # type: ignore[misc]
         Raises
         ------
         MergeError
-            When the two do not descend from one start: their components do not correspond then.
+            When the two do not descend from one start: their components do not correspond then. When fitted
+            attributes of either were set: what it has learned is of other components.
 
         """
         check_is_fitted(self)
@@ -483,17 +508,21 @@ class BaseMixture(DensityMixin, BaseEstimator, ABC):  # type: ignore[misc]
         mine, theirs = getattr(self, "_learner", None), getattr(other, "_learner", None)
         if mine is None or theirs is None:
             raise MergeError("only mixtures that have learned can be merged: parameters alone say nothing of samples")
+        for place, one, learner in (("first", self, mine), ("second", other, theirs)):
+            if not one._is_published(learner.parameters):
+                raise MergeError(
+                    f"fitted attributes of the {place} mixture were set since it learned, so that what it has learned "
+                    "is of other components; fork it as it is now, and merge forks of it"
+                )
         merged = self._twin(mine.merge(theirs))
-        statistics = merged._learner.statistics
-        if statistics is not None:
-            merged.lower_bound_ = statistics.log_likelihood / statistics.total_weight
+        merged.lower_bound_ = self._mean_log_likelihood(merged._learner.statistics)
         merged.n_iter_ = self.n_iter_ + other.n_iter_
         return merged
 
     def _twin(self, learner: OnlineEM) -> Self:
         """Return an estimator of the same parameters and columns in the state of `learner`."""
         twin: Self = clone(self)
-        for name in ("n_features_in_", "feature_names_in_", "_dtype", "_from_frame"):
+        for name in ("n_features_in_", "feature_names_in_", "_dtype", "_from_frame", "_inferred"):
             if hasattr(self, name):
                 setattr(twin, name, getattr(self, name))
         twin._learner = learner

@@ -37,11 +37,12 @@ class MixtureModel(BaseMixture):
     families : mapping, default=None
         Families by column name: 'gaussian', 'poisson' (counts), 'exponential' (durations), 'bernoulli' (flags),
         'categorical', or a family such as `stream_em.Gaussian("diag")`. A tuple of names gives these columns
-        one family together. The columns of an array are called x0, x1 and so on.
+        one family together; no column may have two. The columns of an array are called x0, x1 and so on.
     covariance_type : {'full', 'tied', 'diag', 'spherical'}, default='full'
         Covariance of the numeric columns.
     prior_weight : float, default=0.01
-        Pseudo-samples of the pooled data that each component is given, > 0: raise it for anomaly detection.
+        Pseudo-samples of the pooled data that each component is given, > 0: raise it for anomaly detection. They
+        count beside sample weights as they are, and outweigh samples whose weights add up to less.
     max_categories : int, default=32
         A column's vocabulary grows up to this many categories; those after are 'other'.
     tol : float, default=1e-3
@@ -152,17 +153,21 @@ class MixtureModel(BaseMixture):
             )
         if reset:
             self._from_frame = from_frame
-            return _encode(self._declared(events), events, extend=True)
+            self._inferred = Schema.infer(events, max_categories=int(self.max_categories))
+            return _encode(self._with_kinds(self._inferred), events, extend=True)
         return _encode(self._learner._known_schema(), events, extend=learn)
 
-    def _declared(self, events: Any) -> Schema:
+    def _with_kinds(self, inferred: Schema) -> Schema:
         """Return the columns with the kinds that their types and `families` give them."""
-        inferred = Schema.infer(events, max_categories=int(self.max_categories))
-        kinds: dict[str, Kind] = {}
+        chosen: dict[str, str | Family] = {}
         for key, family in (self.families or {}).items():
-            for name in (key,) if isinstance(key, str) else key:
-                position = inferred.position(name)
-                kinds[name] = _kind_for(family, inferred.fields[position])
+            for name in _names_of(key):
+                if name in chosen:
+                    raise ValueError(f"families gives column {name!r} two: {chosen[name]!r} and {family!r}; choose one")
+                chosen[name] = family
+        kinds: dict[str, Kind] = {
+            name: _kind_for(family, inferred.fields[inferred.position(name)]) for name, family in chosen.items()
+        }
         return Schema(
             [
                 Field(one.name, kinds.get(one.name, one.kind), max_categories=one.max_categories)
@@ -171,9 +176,11 @@ class MixtureModel(BaseMixture):
         )
 
     def _mixture(self, schema: Schema) -> Mixture:
+        # By today's `families`, which may have been changed since the fit that `schema` is of.
+        fields = self._with_kinds(self._inferred).fields
         chosen = {key: one for key, one in (self.families or {}).items() if isinstance(one, Family)}
-        taken = {name for key in chosen for name in ((key,) if isinstance(key, str) else key)}
-        rest = [one for one in schema.fields if one.name not in taken]
+        taken = {name for key in chosen for name in _names_of(key)}
+        rest = [one for one in fields if one.name not in taken]
         if chosen:
             families: dict[Any, Family] = dict(chosen)
             if rest:
@@ -182,7 +189,7 @@ class MixtureModel(BaseMixture):
                 families.update(others.families if isinstance(others, Product) else {names: others})
             family: Family = Product(families)
         else:
-            family = automatic_family(schema, self.covariance_type)
+            family = automatic_family(Schema(fields), self.covariance_type)
         return Mixture(family, int(self.n_components), prior_weight=float(self.prior_weight))
 
     def _bound(self, iteration: Iteration) -> float:
@@ -267,6 +274,16 @@ class MixtureModel(BaseMixture):
         """
         check_is_fitted(self)
         return self._fitted().conditional(given)
+
+
+def _names_of(key: Any) -> tuple[str, ...]:
+    names = key if isinstance(key, tuple) else (key,)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"families has the key {key!r}, expected the name of a column or a tuple of names; the columns of an array "
+            "are called 'x0', 'x1' and so on"
+        )
+    return names
 
 
 def _kind_for(family: str | Family, field: Field) -> Kind:

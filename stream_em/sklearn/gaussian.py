@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any, ClassVar, Literal, Self
@@ -17,7 +18,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from stream_em.families import Gaussian
 from stream_em.families.gaussian import CovarianceType, GaussianParameters
-from stream_em.learners import FittedMixture, Iteration
+from stream_em.learners import FittedMixture, Iteration, OnlineEM
 from stream_em.models import Mixture, MixtureParameters
 from stream_em.numerics import LARGEST_VALUE, Array, cholesky
 from stream_em.schema import Batch, Field, Schema
@@ -25,6 +26,9 @@ from stream_em.sklearn.base import BaseMixture, nearest
 
 # scikit-learn has no prior: this one only keeps a component without any event defined.
 PRIOR_WEIGHT = 1e-25
+
+# Beside samples of this weight altogether the prior is lost in rounding.
+LEAST_TOTAL_WEIGHT = 1e-9
 
 # A weight of 0 is allowed; its logarithm must be a number.
 SMALLEST_WEIGHT = 1e-300
@@ -170,7 +174,6 @@ class GaussianMixture(BaseMixture):
     _regularizer = "reg_covar"
 
     means_: npt.NDArray[Any]
-    _dtype: npt.DTypeLike = np.float64
 
     def __init__(
         self,
@@ -268,6 +271,24 @@ class GaussianMixture(BaseMixture):
     def _bound(self, iteration: Iteration) -> float:
         return iteration.statistics.log_likelihood / iteration.statistics.total_weight
 
+    def _unit_of_weight(self, batch: Batch) -> float:
+        if batch.weight is None:
+            return 1.0
+        # About the mean, for the prior to be next to nothing whatever the weights; a power of two rounds nothing.
+        return math.ldexp(1.0, math.frexp(batch.total_weight / batch.n_events)[1] - 1)
+
+    def _learned(self, learner: OnlineEM, batch: Batch) -> OnlineEM:
+        remembered = sum(one.total_weight for one in learner._buffer)
+        if learner.statistics is not None:
+            remembered += learner.statistics.total_weight
+        total = remembered + batch.total_weight
+        if 0.0 < total < LEAST_TOTAL_WEIGHT:
+            raise ValueError(
+                f"the sample weights add up to {total:g} with those that are remembered, and partial_fit needs at "
+                f"least {LEAST_TOTAL_WEIGHT:g}; multiply all weights by one factor, which changes nothing else"
+            )
+        return super()._learned(learner, batch)
+
     def _result_type(self, X: Any) -> npt.DTypeLike:
         return np.result_type(X.dtype, self.means_.dtype)
 
@@ -282,7 +303,7 @@ class GaussianMixture(BaseMixture):
             weights, GaussianParameters(means, covariances), np.arange(len(weights), dtype=np.int64)
         )
         schema = self._schema(means.shape[1])
-        family = Gaussian(self._fitted_type(), float(self.reg_covar))
+        family = Gaussian(self._fitted_type())
         return FittedMixture(Mixture(family, len(weights), PRIOR_WEIGHT), parameters, schema)
 
     def _fitted_type(self) -> CovarianceType:
@@ -413,6 +434,11 @@ class GaussianMixture(BaseMixture):
             A fitted mixture over the remaining features, in their order: `means_` weighed by `weights_` is the
             regression of those features on the given ones.
 
+        Raises
+        ------
+        ValueError
+            When a feature is unknown or given more than once, a value is not finite, or no feature is left.
+
         Examples
         --------
         >>> import numpy as np
@@ -425,7 +451,13 @@ class GaussianMixture(BaseMixture):
         """
         check_is_fitted(self)
         fitted = self._fitted()
-        return self._over(fitted.conditional({self._name(fitted, key): float(value) for key, value in given.items()}))
+        values: dict[str, float] = {}
+        for key, value in given.items():
+            name = self._name(fitted, key)
+            if name in values:
+                raise ValueError(f"feature {name!r} is given more than once: name it, or give its position, not both")
+            values[name] = float(value)
+        return self._over(fitted.conditional(values))
 
     def _name(self, fitted: FittedMixture, feature: str | int) -> str:
         names = fitted._known_schema().names

@@ -170,6 +170,67 @@ def test_wrong_families_name_the_column() -> None:
         MixtureModel(families={"amount": "categorical"}).fit(pa.table({"amount": [1.0, 2.0], "country": ["a", "b"]}))
 
 
+def test_a_column_has_one_family() -> None:
+    for families in ({("hour", "items"): Gaussian(), "items": "poisson"}, {"items": Poisson(), ("items",): Poisson()}):
+        with pytest.raises(ValueError, match=r"families gives column 'items' two: .*; choose one"):
+            MixtureModel(families=families).fit(FRAME)
+
+
+@pytest.mark.parametrize("key", [0, (0, 1), ("items", None), ()])
+def test_families_are_keyed_by_names(key: Any) -> None:
+    with pytest.raises(TypeError, match=r"families has the key .*, expected the name of a column .* called 'x0'"):
+        MixtureModel(families={key: "poisson"}).fit(FRAME[["hour", "items"]].to_numpy())
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (None, CHOSEN),
+        (CHOSEN, None),
+        (CHOSEN, {**CHOSEN, "items": Gaussian()}),
+        ({"items": Poisson()}, {"items": "gaussian"}),
+        ({}, {("amount", "hour"): Gaussian("diag")}),
+    ],
+)
+@pytest.mark.parametrize("warm_start", [False, True])
+def test_families_that_changed_since_the_fit_are_refused(before: Any, after: Any, warm_start: bool) -> None:
+    model = MixtureModel(2, families=before, random_state=0, warm_start=warm_start).fit(FRAME)
+    density = model.score_samples(FRAME)
+    model.set_params(families=after)
+    np.testing.assert_array_equal(model.score_samples(FRAME), density)
+    with pytest.raises(ValueError, match="set warm_start=False" if warm_start else "call fit, or set them back"):
+        (model.fit if warm_start else model.partial_fit)(FRAME)
+    model.set_params(families=before).partial_fit(FRAME)
+    fresh = model.fork().set_params(families=after, warm_start=False).fit(FRAME)
+    assert fresh.family_ == MixtureModel(2, families=after).fit(FRAME).family_
+
+
+def test_a_fork_knows_the_types_of_the_columns() -> None:
+    model = MixtureModel(2, families=CHOSEN, random_state=0).fit(FRAME)
+    for one in (model.fork(), pickle.loads(pickle.dumps(model))):
+        assert one.partial_fit(FRAME).family_ == model.family_
+        with pytest.raises(ValueError, match="call fit, or set them back"):
+            one.set_params(families=None).partial_fit(FRAME)
+
+
+def test_compiled_code_is_kept_between_calls_unless_the_pace_changes() -> None:
+    numbers = FRAME[["amount", "hour"]]
+    model = MixtureModel(2, random_state=0, batch_size=4, warm_up=40)
+    # Compiled code is loaded after a thousand mini-batches.
+    for _ in range(8):
+        model.partial_fit(numbers)
+    kernel = model._learner._kernel
+    assert kernel is not None
+    assert model.partial_fit(numbers)._learner._kernel is kernel
+    for change in ({"batch_size": 10}, {"step_size": 0.5}):
+        reference = pickle.loads(pickle.dumps(model)).set_params(**change)
+        model.set_params(**change).partial_fit(numbers)
+        assert model._learner._kernel is not kernel
+        kernel = model._learner._kernel
+        np.testing.assert_allclose(model.weights_, reference.partial_fit(numbers).weights_, rtol=1e-9)
+        assert (model._learner.batch_size, model._learner.schedule) == (10, model._schedule())
+
+
 def test_samples_are_rows_of_the_frame() -> None:
     model = MixtureModel(2, families=CHOSEN, random_state=0).fit(FRAME)
     table, labels = model.sample(2_000)

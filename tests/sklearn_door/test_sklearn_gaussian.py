@@ -17,6 +17,7 @@ from scipy.stats import multivariate_normal
 from sklearn.datasets import make_blobs
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import adjusted_rand_score
+from sklearn.utils._param_validation import InvalidParameterError
 
 from stream_em import Batch, Schema
 from stream_em.sklearn import GaussianMixture
@@ -229,13 +230,52 @@ def test_integer_weights_are_repeated_rows(kind: str, init_params: str) -> None:
         np.testing.assert_allclose(ours, getattr(weighted, name)(rows), rtol=1e-9)
 
 
-@given(seed=st.integers(0, 10**6), scale=st.sampled_from([1e-3, 1.0, 1e3]))
+@given(seed=st.integers(0, 10**6), scale=st.sampled_from([1e-90, 1e-28, 1e-3, 1.0, 1e3, 1e28, 1e90]))
 def test_the_scale_of_weights_does_not_matter(seed: int, scale: float) -> None:
     weight = np.random.default_rng(seed).exponential(size=200)
     one, other = (
         GaussianMixture(2, random_state=0).fit(X[:200], sample_weight=factor * weight) for factor in (1.0, scale)
     )
     np.testing.assert_allclose(other.score_samples(X), one.score_samples(X), rtol=1e-6)
+
+
+@four_covariance_types
+def test_powers_of_two_in_all_weights_change_no_bit(kind: str) -> None:
+    options: dict[str, Any] = {"n_components": 4, "covariance_type": kind, "random_state": 0}
+    for weight in (np.ones(len(X)), 1.0 + np.arange(len(X)) % 3):
+        usual, tiny = (GaussianMixture(**options).fit(X, sample_weight=factor * weight) for factor in (1.0, 2.0**-93))
+        for name in (*ARRAYS, "lower_bounds_"):
+            np.testing.assert_array_equal(getattr(tiny, name), getattr(usual, name))
+
+
+def test_partial_fit_counts_weights_in_the_unit_of_fit() -> None:
+    """What a weighted fit learned weighs as much as its weights say beside what comes after."""
+    options: dict[str, Any] = {"step_size": "harmonic", "reg_covar": 0.0}
+    mixture = GaussianMixture(**options).fit(X[:500], sample_weight=np.full(500, 300.0))
+    mixture.partial_fit(X[500:], sample_weight=np.full(1_500, 50.0))
+    weight = np.repeat([300.0, 50.0], [500, 1_500])
+    np.testing.assert_allclose(mixture.means_[0], np.average(X, axis=0, weights=weight), rtol=1e-10)
+    assert mixture._learner.statistics is not None
+    assert mixture._learner.statistics.total_weight == pytest.approx(weight.sum(), rel=1e-12)
+
+
+def test_partial_fit_refuses_weights_beside_which_its_prior_would_count() -> None:
+    options: dict[str, Any] = {"n_components": 4, "random_state": 0}
+    with pytest.raises(ValueError, match=r"add up to 2e-25 .* at least 1e-09; multiply all weights by one factor"):
+        GaussianMixture(**options).partial_fit(X, sample_weight=np.full(len(X), 1e-28))
+    light, reference = (
+        GaussianMixture(**options).partial_fit(X, sample_weight=np.full(len(X), weight)) for weight in (1e-12, 1.0)
+    )
+    np.testing.assert_allclose(light.score_samples(X), reference.score_samples(X), rtol=1e-6)
+    # One light sample among others is no mistake.
+    assert light.partial_fit(X[:1], sample_weight=[1e-28]).n_samples_seen_ == len(X) + 1
+    fitted = GaussianMixture(**options).fit(X, sample_weight=np.full(len(X), 1e-28))
+    for mixture in (fitted, fitted.fork()):
+        before = pickle.dumps(mixture)
+        with pytest.raises(ValueError, match="with those that are remembered"):
+            mixture.partial_fit(X[:10], sample_weight=np.full(10, 1e-28))
+        assert pickle.dumps(mixture) == before
+    assert fitted.partial_fit(X).score(X) > reference.score(X) - 0.01
 
 
 # Missing values.
@@ -294,9 +334,26 @@ def test_features_that_are_not_there_are_named() -> None:
         mixture.conditional({"y": 1.0})
     with pytest.raises(ValueError, match="must be finite"):
         mixture.conditional({0: np.nan})
+    for given_twice in ({0: 1.0, "x0": 2.0}, {-3: 1.0, 0: 1.0}):
+        with pytest.raises(ValueError, match="feature 'x0' is given more than once"):
+            mixture.conditional(given_twice)  # type: ignore[arg-type]
 
 
 # The usual traps.
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_lower_bounds_are_of_the_types_of_scikit_learns(dtype: Any) -> None:
+    for max_iter in (0, 5):
+        options = {"n_components": 4, "random_state": 0, "max_iter": max_iter}
+        theirs = sklearn.mixture.GaussianMixture(**options).fit(X.astype(dtype))
+        ours = GaussianMixture(**options).fit(X.astype(dtype))
+        assert type(ours.lower_bound_) is type(theirs.lower_bound_)
+        assert [type(one) for one in ours.lower_bounds_] == [type(one) for one in theirs.lower_bounds_]
+    fork = ours.fork().partial_fit(X.astype(dtype))
+    merged = ours.merge(fork)
+    assert {type(one.lower_bound_) for one in (fork, merged)} == {dtype}
 
 
 @four_covariance_types
@@ -598,6 +655,32 @@ def test_another_mixture_than_was_fitted_is_refused() -> None:
         mixture.partial_fit(X)
 
 
+@pytest.mark.parametrize("stage", ["warming up", "streaming", "fitted", "converted"])
+@pytest.mark.parametrize(
+    ("name", "value"), [("batch_size", 0), ("batch_size", 2.5), ("step_size", "foo"), ("reg_covar", -1.0)]
+)
+def test_partial_fit_checks_parameters_whatever_came_before(stage: str, name: str, value: Any) -> None:
+    mixture = GaussianMixture(2, random_state=0).partial_fit(X[:10] if stage == "warming up" else X)
+    if stage == "fitted":
+        mixture.fit(X)
+    if stage == "converted":
+        mixture = GaussianMixture.from_sklearn(mixture.to_sklearn())
+    density = mixture.score_samples(X)
+    mixture.set_params(**{name: value})
+    with pytest.raises(InvalidParameterError, match=f"The '{name}' parameter of GaussianMixture must be"):
+        mixture.partial_fit(X)
+    # What was fitted is still there, and none of these parameters takes part in predictions.
+    np.testing.assert_array_equal(mixture.score_samples(X), density)
+
+
+def test_attributes_that_were_set_must_fit_the_parameters_to_go_on() -> None:
+    mixture = GaussianMixture(2)
+    mixture.weights_, mixture.means_ = np.array([1.0]), np.zeros((1, 3))
+    mixture.covariances_ = np.eye(3)[None]
+    with pytest.raises(ValueError, match="call fit, or set them back"):
+        mixture.partial_fit(X)
+
+
 def test_fit_forgets_what_was_streamed() -> None:
     streamed = GaussianMixture(4, random_state=0).partial_fit(X + 50.0).fit(X)
     np.testing.assert_array_equal(streamed.means_, GaussianMixture(4, random_state=0).fit(X).means_)
@@ -626,3 +709,17 @@ def test_what_does_not_descend_from_one_start_is_refused() -> None:
         one.merge(3)  # type: ignore[arg-type]
     with pytest.raises(MergeError, match="parameters alone say nothing"):
         one.merge(GaussianMixture.from_sklearn(one.to_sklearn()))
+
+
+@pytest.mark.parametrize("name", ["weights_", "means_", "covariances_"])
+def test_what_was_learned_before_attributes_were_set_does_not_merge(name: str) -> None:
+    start = GaussianMixture(4, random_state=0).fit(X[:500])
+    share = start.fork().partial_fit(X[500:])
+    changed = pickle.loads(pickle.dumps(start))
+    setattr(changed, name, getattr(changed, name)[::-1].copy())
+    with pytest.raises(MergeError, match="attributes of the first mixture were set since it learned"):
+        changed.merge(share)
+    with pytest.raises(MergeError, match="attributes of the second mixture were set since it learned"):
+        share.merge(changed)
+    one, other = (changed.fork().partial_fit(samples) for samples in (X[:500], X[500:]))
+    assert one.merge(other).n_samples_seen_ == 2_000
