@@ -60,6 +60,8 @@ GAUSSIAN = (compiled.DIAGONAL, compiled.SPHERICAL, *JOINT)
 
 NOTHING: tuple[str, ...] = ()
 
+WINNER = compiled.WINNER
+
 # A weight below 0 asks `compiled.step` for the score alone.
 SCORE_ONLY = -1.0
 
@@ -92,6 +94,12 @@ def _factors(model: Mixture, n_fields: int) -> list[_Factor]:
         factors.append(_Factor(kind, one, prefix, positions))
     # Gaussian factors last: from there on the log-density only falls, so that far components are given up early.
     return sorted(factors, key=lambda factor: factor.kind)
+
+
+class _Calls(NamedTuple):
+    learn: Callable[..., bool]
+    score: Callable[[Mapping[str, Any]], float | None]
+    predict: Callable[[Mapping[str, Any]], int | None]
 
 
 @contextmanager
@@ -438,19 +446,25 @@ class EventKernel:
         It is not when the event cannot be used as it is, or makes the schema grow. Nothing has changed then, and
         the learner's own path says what is wrong, or takes the event.
         """
-        return self._calls[0]
+        return self._calls.learn
 
     @cached_property
     def score(self) -> Callable[[Mapping[str, Any]], float | None]:
         """Function that returns log p(event), None when the event cannot be used as it is; nothing is learned."""
-        return self._calls[1]
+        return self._calls.score
 
     @cached_property
-    def _calls(self) -> tuple[Callable[..., bool], Callable[[Mapping[str, Any]], float | None]]:
-        """Return `learn` and `score` with all they need at hand: attributes would take as long as the arithmetic."""
+    def predict(self) -> Callable[[Mapping[str, Any]], int | None]:
+        """Function that returns the id of the most responsible component, None as `score` does."""
+        return self._calls.predict
+
+    @cached_property
+    def _calls(self) -> _Calls:
+        """Return functions with all they need at hand: attributes would take as long as the arithmetic."""
         width, getter, all_codes, general = self._width, self._getter, self._codes, self.general
         pack, memory, offset = self._pack_values, self._memory, self._offset
         vector, infinity, ignored_fields = self.vector, math.inf, self._ignored_fields
+        ids, numbers = self.ids, self.vector.data
         with _announced():
             step = compiled.compiled_step(gaps=False, general=general is not None)
         encode_with_gaps, learn_otherwise, score_otherwise = (
@@ -492,7 +506,14 @@ class EventKernel:
             log_prob = step(vector, SCORE_ONLY, None, general)
             return log_prob if log_prob < infinity else score_otherwise()
 
-        return learn, score
+        def predict(event: Mapping[str, Any]) -> int | None:
+            if not encode(event) and encode_with_gaps(event, False) is None:
+                return None
+            if not step(vector, SCORE_ONLY, None, general) < infinity and score_otherwise() is None:
+                return None
+            return ids[int(numbers[WINNER])]
+
+        return _Calls(learn, score, predict)
 
     def _encode_with_gaps(self, event: Mapping[str, Any], learning: bool) -> Sequence[str] | None:
         """Write an event that may miss fields, have others or hold new categories.

@@ -112,7 +112,7 @@ def test_any_learner_agrees_with_blocks_of_one_in_numpy(
         reference.update([event])
         assert kernel.score(event) == pytest.approx(float(reference.log_prob([event])[0]), rel=1e-9, abs=1e-9)
         assert kernel.responsibilities == pytest.approx(reference.responsibilities([event])[0].tolist(), abs=1e-9)
-        assert kernel.winner == reference.predict([event])[0]
+        assert kernel.winner == kernel.predict(event) == reference.predict([event])[0]
 
 
 def test_key_order_and_number_types_change_nothing() -> None:

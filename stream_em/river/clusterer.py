@@ -102,9 +102,8 @@ class MixtureClusterer(MixtureEstimator, base.Clusterer):
         A cluster's id, which never changes its meaning.
 
         """
-        if self._score(x) is None:  # type: ignore[arg-type]
-            return self._ask(x).winner
-        return self._kernel.winner  # type: ignore[union-attr]
+        winner = self._winner(x)  # type: ignore[arg-type]
+        return self._ask(x).winner if winner is None else winner
 
     def predict_proba_one(self, x: dict[Hashable, Any]) -> dict[int, float]:
         """Return the probability of each cluster.

@@ -78,6 +78,7 @@ class MixtureEstimator(base.Estimator):
     _kernel: EventKernel | None
     _learn: Callable[[Mapping[str, Any], float], bool]
     _score: Callable[[Mapping[str, Any]], float | None]
+    _winner: Callable[[Mapping[str, Any]], int | None]
 
     def __init__(
         self,
@@ -204,7 +205,7 @@ class MixtureEstimator(base.Estimator):
         return super().clone(new_params, include_attributes)
 
     def __getstate__(self) -> dict[str, Any]:
-        return dict(self.__dict__, _kernel=None, _learn=_not_learned, _score=_not_scored)
+        return dict(self.__dict__, _kernel=None, _learn=_not_learned, _score=_not_scored, _winner=_not_scored)
 
     def _make_learner(self, schema: Schema | None) -> OnlineEM:
         learner = OnlineEM(
@@ -250,14 +251,14 @@ class MixtureEstimator(base.Estimator):
             self._learn_otherwise(x, w)
 
     def _unbind(self) -> None:
-        self._kernel, self._learn, self._score = None, _not_learned, _not_scored
+        self._kernel, self._learn, self._score, self._winner = None, _not_learned, _not_scored, _not_scored
 
     def _bind(self) -> None:
         """Take the short way to the kernel where there is one, and nothing else has to see the events."""
         self._unbind()
         self._kernel = kernel = self._learner.kernel()
         if kernel is not None and not self._features.labels:
-            self._score = kernel.score
+            self._score, self._winner = kernel.score, kernel.predict
             if not self._watches:
                 self._learn = kernel.learn
 
@@ -452,7 +453,7 @@ def _not_learned(event: Mapping[str, Any], weight: float = 1.0) -> bool:
     return False
 
 
-def _not_scored(event: Mapping[str, Any]) -> float | None:
+def _not_scored(event: Mapping[str, Any]) -> None:
     return None
 
 
