@@ -17,6 +17,7 @@ SECTIONS = {
     "files": files.run,
     "sklearn": sklearn_door.run,
     "river": river_door.run,
+    "river_data": river_door.run_on_data,
 }
 
 
