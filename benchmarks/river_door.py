@@ -310,11 +310,9 @@ def _spread(figures: list[float]) -> str:
 
 def run() -> list[Table]:
     """Measure speed, start and a long stream."""
-    with threadpool_limits(1):
-        return [*_speed(), *_start(), *_steady()]
+    return [*_speed(), *_start(), *_steady()]
 
 
 def run_on_data() -> list[Table]:
     """Measure what is found in River's bundled data."""
-    with threadpool_limits(1):
-        return [*_clustering(), *_detection()]
+    return [*_clustering(), *_detection()]
