@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -18,7 +17,7 @@ import numpy.typing as npt
 from stream_em.describe import ComponentDescription, describe
 from stream_em.models import Mixture, MixtureParameters
 from stream_em.models.mixture import Posterior
-from stream_em.numerics import Array, check_whole
+from stream_em.numerics import Array, check_whole, compiled_or_none
 from stream_em.schedules import LEAST_SHARE, RobbinsMonro, Schedule
 from stream_em.schema import OTHER, UNKNOWN_POLICIES, Batch, Schema, SchemaError, in_memory
 from stream_em.seeding import Reservoir, concatenate
@@ -477,24 +476,20 @@ class OnlineEM(FittedMixture):
             return None
         if kernel is None and (state.statistics is None or not state.n_updates or self._unseen):
             return None
-        try:
+
+        def load() -> EventKernel:
             from stream_em.event_kernel import EventKernel
 
-            kernel = kernel or EventKernel(bound, schema, self.schedule, self.batch_size, state, self.ignored_fields)
-            getattr(kernel, part)
-        except Exception as error:
-            if not (isinstance(error, ModuleNotFoundError) and error.name == "numba"):
-                warnings.warn(
-                    f"compiled code cannot be loaded ({type(error).__name__}: {error}), so single events and small "
-                    "mini-batches are learned in NumPy, which is slower; if its cache is damaged or cannot be written, "
-                    "set NUMBA_CACHE_DIR to another folder",
-                    RuntimeWarning,
-                    stacklevel=3,
-                )
+            loaded = kernel or EventKernel(bound, schema, self.schedule, self.batch_size, state, self.ignored_fields)
+            getattr(loaded, part)
+            return loaded
+
+        loaded = compiled_or_none(load)
+        if loaded is None:
             self._state, self._compiles = self._state, False
-            return None
-        self._kernel = kernel
-        return kernel
+        else:
+            self._kernel = loaded
+        return loaded
 
     def predict_then_update(
         self, events: Events, weight: npt.ArrayLike | None = None, time: npt.ArrayLike | None = None

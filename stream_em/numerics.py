@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from numbers import Integral
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
+Loaded = TypeVar("Loaded")
 
 EPSILON = float(np.finfo(np.float64).eps)
 
@@ -128,6 +131,21 @@ def _cholesky_with_jitter(covariance: Array) -> tuple[Array, Array]:
         matrices[index] = candidate * unit * unit[:, None]
         factors[index] = factor * unit[:, None]
     return matrices.reshape(covariance.shape), factors.reshape(covariance.shape)
+
+
+def compiled_or_none(load: Callable[[], Loaded]) -> Loaded | None:
+    """Return what `load` imports and compiles; None without Numba, or, with a warning, where that fails."""
+    try:
+        return load()
+    except Exception as error:
+        if not (isinstance(error, ModuleNotFoundError) and error.name == "numba"):
+            warnings.warn(
+                f"compiled code cannot be loaded ({type(error).__name__}: {error}), so NumPy takes its place, which is "
+                "slower; if its cache is damaged or cannot be written, set NUMBA_CACHE_DIR to another folder",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return None
 
 
 def safe_divide(numerator: Array, denominator: Array) -> Array:

@@ -348,13 +348,16 @@ def test_without_compiler_or_cache_events_are_still_learned(setting: dict[str, s
         "import numpy as np; from stream_em import *\n"
         "learner = OnlineEM(Mixture(Gaussian(), 2), warm_up=20).update(np.random.default_rng(0).normal(size=(25, 2)))\n"
         "for _ in range(3): learner.update({'x0': 1.0, 'x1': 2.0})\n"
+        "threads = BatchEM(Mixture(Gaussian(), 2), n_threads=2, max_iter=2)\n"
+        "threads.fit(np.random.default_rng(0).normal(size=(9_999, 2)))\n"
         "print(learner.n_events)"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")} | setting
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == "28", done.stderr
     if "NUMBA_DISABLE_JIT" in setting:
-        assert done.stderr.count("compiled code cannot be loaded") == 1
+        # Once for the events, once for the threads.
+        assert done.stderr.count("compiled code cannot be loaded") == 2
 
 
 @pytest.mark.parametrize("kind", ["full", "tied"])

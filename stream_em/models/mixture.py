@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -16,7 +15,7 @@ import numpy.typing as npt
 
 from stream_em.families.base import Block, Family, FamilyError, Mask, Parts, feature_table
 from stream_em.families.gaussian import Gaussian
-from stream_em.numerics import Array, check_whole, softmax_in_place
+from stream_em.numerics import Array, check_whole, compiled_or_none, softmax_in_place
 from stream_em.schema import Batch, Schema
 from stream_em.statistics import Statistics, Sums
 
@@ -459,11 +458,10 @@ class _Expectation:
         factors = self.block.quadratic_factors()
         if factors is None or given is not None or self.hard or len(self.direct) or len(own):
             return None
-        if find_spec("numba") is None:
+        sum_features = compiled_or_none(_compiled_sum_features)
+        if sum_features is None:
             return None
-        from stream_em.compiled_blocks import compiled_sum_features
-
-        sum_features, nothing = compiled_sum_features(), np.empty(0)
+        nothing = np.empty(0)
         table, center = feature_table(factors), np.ascontiguousarray(self.center)
         values = np.ascontiguousarray(self.batch.values)
         weight = nothing if self.batch.weight is None else np.ascontiguousarray(self.batch.weight)
@@ -556,6 +554,12 @@ class _Expectation:
         features[-1] = 1.0
         self._write_features(span, center, features)
         return features
+
+
+def _compiled_sum_features() -> Callable[..., float]:
+    from stream_em.compiled_blocks import compiled_sum_features
+
+    return compiled_sum_features()
 
 
 @lru_cache(maxsize=1)
