@@ -19,10 +19,9 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeAlias, TypeVar, cast
 
@@ -32,6 +31,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
+
+from stream_em.columns import Roles, arrow_floats, arrow_seconds, floats_of, parse_number, seconds_of
+from stream_em.schema import SchemaError
 
 STANDARD_INPUT = "-"
 FORMATS = ("parquet", "csv", "jsonl")
@@ -177,42 +179,6 @@ class _Piece:
         return _Piece(rows, self.path, self.index[start:stop], None if self.line is None else self.line[start:stop])
 
 
-@dataclass(frozen=True)
-class Roles:
-    """Which columns are not the model's.
-
-    Attributes
-    ----------
-    label
-        Column with the truth about an event; for evaluation only.
-    time
-        Column with the event time: a number of seconds, a timestamp, a date, or ISO 8601 text.
-    weight
-        Column with the weight of an event.
-    exclude
-        Other columns to keep from the model.
-    only
-        When given, the model's fields; every other column is kept from it.
-
-    """
-
-    label: str | None = None
-    time: str | None = None
-    weight: str | None = None
-    exclude: tuple[str, ...] = ()
-    only: tuple[str, ...] | None = None
-    kinds: Mapping[str, str] = field(default_factory=dict)
-
-    def named(self) -> list[str]:
-        """Columns that some role names."""
-        return [name for name in (self.label, self.time, self.weight, *self.exclude) if name is not None]
-
-    def model_fields(self, names: Iterable[str]) -> list[str]:
-        """The columns of `names` that the model gets."""
-        apart = set(self.named())
-        return [name for name in names if name not in apart and (self.only is None or name in self.only)]
-
-
 def _cut(pieces: list[_Piece], rows: int) -> tuple[list[_Piece], list[_Piece]]:
     """Split pieces after `rows` rows."""
     taken: list[_Piece] = []
@@ -353,8 +319,8 @@ class Source:
                 dicts,
                 events,
                 None if roles.label is None else _labels([row.get(roles.label) for row in dicts]),
-                None if roles.time is None else _seconds([row.get(roles.time) for row in dicts]),
-                None if roles.weight is None else _floats([row.get(roles.weight) for row in dicts]),
+                None if roles.time is None else seconds_of([row.get(roles.time) for row in dicts]),
+                None if roles.weight is None else floats_of([row.get(roles.weight) for row in dicts]),
                 index,
                 line,
                 files,
@@ -365,8 +331,8 @@ class Source:
             table,
             table.select(roles.model_fields(table.column_names)),
             None if roles.label is None else table[roles.label],
-            None if roles.time is None else _arrow_seconds(table, roles.time, pieces[0].path),
-            None if roles.weight is None else _arrow_floats(table[roles.weight], roles.weight, pieces[0].path),
+            None if roles.time is None else _from_column(arrow_seconds, table, roles.time, pieces[0].path),
+            None if roles.weight is None else _from_column(arrow_floats, table, roles.weight, pieces[0].path),
             index,
             line,
             files,
@@ -688,7 +654,7 @@ class _CsvColumns:
         texts = [_text(cell) for cell in cells.slice(0, 10_000).to_pylist()]
         held = [text for text in texts if text not in _MISSING_NUMBERS]
         needed = _SHARE_OF_NUMBERS * len(held)
-        if sum(_number(text) is not None for text in held) >= needed:
+        if sum(parse_number(text) is not None for text in held) >= needed:
             return "numeric"
         words = {"true", "false"}
         return "flag" if sum(text.lower() in words for text in held) >= needed else "text"
@@ -1041,14 +1007,6 @@ def _text(cell: bytes | None) -> str:
     return "" if cell is None else cell.decode("utf-8", "backslashreplace")
 
 
-def _number(text: str) -> float | None:
-    # `float` would read "1_000", which is no number in any file format.
-    try:
-        return None if "_" in text else float(text)
-    except ValueError:
-        return None
-
-
 def _numeric_cells(cells: pa.Array) -> tuple[pa.Array, list[int]]:
     missing = pc.is_in(cells, value_set=pa.array(_MISSING_NUMBERS, pa.binary()))
     held = pc.if_else(missing, pa.scalar(None, pa.binary()), cells)
@@ -1059,7 +1017,7 @@ def _numeric_cells(cells: pa.Array) -> tuple[pa.Array, list[int]]:
         faults = []
         for row, cell in enumerate(held.to_pylist()):
             text = _text(cell).strip()
-            value = None if text in _MISSING_NUMBERS else _number(text)
+            value = None if text in _MISSING_NUMBERS else parse_number(text)
             if value is None and text not in _MISSING_NUMBERS:
                 faults.append(row)
             values.append(value)
@@ -1099,7 +1057,7 @@ def _time_cells(cells: pa.Array) -> tuple[pa.Array, list[int]]:
     if not faults:
         return numbers, []
     texts, undecodable = _text_cells(cells)
-    seconds = _seconds(texts.to_pylist())
+    seconds = seconds_of(texts.to_pylist())
     bad = np.isnan(seconds) & ~np.asarray(texts.is_null())
     faults = sorted({*undecodable, *np.flatnonzero(bad).tolist()})
     return pa.array(seconds, pa.float64(), from_pandas=True), faults
@@ -1122,56 +1080,10 @@ def _labels(values: Sequence[object]) -> pa.ChunkedArray:
         return pa.chunked_array([pa.array(texts, pa.string())])
 
 
-def _seconds(values: Sequence[object]) -> npt.NDArray[np.float64]:
-    """Event times in seconds; NaN where there is none that can be read."""
-    return np.array([_second(value) for value in values], np.float64)
-
-
-def _second(value: object) -> float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except OverflowError:
-            return float("nan")
-    if isinstance(value, str):
-        number = _number(value)
-        if number is not None:
-            return number
-        try:
-            value = datetime.fromisoformat(value)
-        except ValueError:
-            return float("nan")
-    if isinstance(value, datetime):
-        # A time without a zone is taken as UTC, as Arrow does.
-        return (value if value.tzinfo else value.replace(tzinfo=timezone.utc)).timestamp()  # noqa: UP017
-    return float("nan")
-
-
-def _floats(values: Sequence[object]) -> npt.NDArray[np.float64]:
-    usable = (
-        float("nan") if isinstance(value, bool) or not isinstance(value, (int, float)) else _second(value)
-        for value in values
-    )
-    return np.fromiter(usable, np.float64, len(values))
-
-
-def _arrow_floats(column: pa.ChunkedArray, name: str, path: str) -> npt.NDArray[np.float64]:
+def _from_column(
+    read: Callable[[pa.Table, str], npt.NDArray[np.float64]], table: pa.Table, name: str, path: str
+) -> npt.NDArray[np.float64]:
     try:
-        values: npt.NDArray[np.float64] = column.cast(pa.float64(), safe=False).to_numpy()
-    except pa.ArrowException as error:
-        raise SourceError(f"{path}: column {name!r} is {column.type}, but numbers are needed") from error
-    return values
-
-
-def _arrow_seconds(table: pa.Table, name: str, path: str) -> npt.NDArray[np.float64]:
-    column = table[name]
-    kind = column.type
-    if pa.types.is_date(kind):
-        column = column.cast(pa.timestamp("ms"))
-        kind = column.type
-    if pa.types.is_timestamp(kind):
-        per_second = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[kind.unit]
-        return _arrow_floats(column.cast(pa.int64()), name, path) / per_second
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return _seconds(column.to_pylist())
-    return _arrow_floats(column, name, path)
+        return read(table, name)
+    except SchemaError as error:
+        raise SourceError(f"{path}: {error}") from error

@@ -6,13 +6,18 @@ everything at large offsets. Merging is the pairwise update of Chan, Golub & LeV
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
+from stream_em.arrays import from_rows, to_rows
 from stream_em.numerics import Array, safe_divide
+
+HEADER_KEY = b"stream_em_statistics"
 
 
 class MergeError(ValueError):
@@ -151,6 +156,7 @@ class Moments:
 
 
 Part = Sums | Moments
+_KINDS: dict[str, type[Part]] = {"sums": Sums, "moments": Moments}
 
 
 @dataclass(frozen=True, eq=False)
@@ -272,3 +278,53 @@ class Statistics:
     def total_weight(self) -> float:
         """Weight of all the events."""
         return float(np.add.reduce(self.weights))
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all the arrays."""
+        arrays = (array for part in self.parts.values() for array in part.arrays().values())
+        return self.component_ids.nbytes + sum(array.nbytes for array in arrays)
+
+    def to_arrow(self) -> pa.RecordBatch:
+        """Return the statistics as a record batch with a row for each array.
+
+        Equal statistics give equal record batches, to the last byte.
+
+        >>> one = Statistics({"components": Sums(np.ones(2))}, -2.0, np.array([0, 1]))
+        >>> one.to_arrow().column("name").to_pylist()
+        ['component_ids', 'components:values']
+
+        """
+        kinds = {name: type(part).__name__.lower() for name, part in sorted(self.parts.items())}
+        header = {
+            "parts": kinds,
+            "log_likelihood": float(self.log_likelihood),
+            "half_life": self.half_life,
+            "time": self.time,
+        }
+        arrays: dict[str, npt.NDArray[np.float64] | npt.NDArray[np.int64]] = {"component_ids": self.component_ids}
+        for name in kinds:
+            arrays.update({f"{name}:{key}": array for key, array in self.parts[name].arrays().items()})
+        return to_rows(arrays, {HEADER_KEY: json.dumps(header).encode()})
+
+    @classmethod
+    def from_arrow(cls, rows: pa.RecordBatch) -> Statistics:
+        """Return the statistics that `to_arrow` wrote.
+
+        Raises
+        ------
+        ValueError
+            When the record batch holds something else, or is damaged.
+
+        """
+        content = (rows.schema.metadata or {}).get(HEADER_KEY)
+        if content is None:
+            raise ValueError("the record batch holds no statistics: its header is missing")
+        header, arrays = json.loads(content), from_rows(rows)
+        of_parts: dict[str, dict[str, Array]] = {name: {} for name in header["parts"]}
+        for key, array in arrays.items():
+            name, _, of_array = key.rpartition(":")
+            if name:
+                of_parts[name][of_array] = array
+        parts = {name: _KINDS[kind](**of_parts[name]) for name, kind in header["parts"].items()}
+        return cls(parts, header["log_likelihood"], arrays["component_ids"], header["half_life"], header["time"])

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from stream_em.arrays import ROWS, Arrays, columns_of, from_rows, to_rows
 from stream_em.families import family_from_specification, specification_of_family
 from stream_em.learners import BatchEM, OnlineEM, _Average
 from stream_em.models import Mixture, MixtureParameters
@@ -33,10 +34,6 @@ from stream_em.statistics import Moments, Statistics, Sums
 FORMAT_VERSION = 1
 HEADER_KEY = b"stream_em"
 DIGEST_KEY = b"stream_em_digest"
-ROWS = pa.schema(
-    [("name", pa.string()), ("type", pa.string()), ("shape", pa.list_(pa.int64())), ("data", pa.large_binary())]
-)
-TYPES = {"float64": np.dtype("<f8"), "int64": np.dtype("<i8")}
 SCHEDULES: dict[str, type[Schedule]] = {
     "harmonic": Harmonic,
     "robbins_monro": RobbinsMonro,
@@ -45,7 +42,6 @@ SCHEDULES: dict[str, type[Schedule]] = {
 }
 
 Learner = OnlineEM | BatchEM
-Arrays = dict[str, npt.NDArray[Any]]
 
 
 class SnapshotError(ValueError):
@@ -127,16 +123,8 @@ def to_bytes(learner: Learner, *, metadata: Mapping[str, Any] | None = None) -> 
         text = json.dumps(header, allow_nan=False, default=_plain_number)
     except (TypeError, ValueError) as error:
         raise SnapshotError(f"a setting or the metadata cannot be written as JSON: {error}") from None
-    columns: list[list[Any]] = [[], [], [], []]
-    for name, array in arrays.items():
-        kind = "int64" if array.dtype.kind == "i" else "float64"
-        plain = np.ascontiguousarray(array, dtype=TYPES[kind])
-        for column, value in zip(columns, (name, kind, list(plain.shape), plain.tobytes())):
-            column.append(value)
-    rows = pa.record_batch(
-        [pa.array(column, one.type) for column, one in zip(columns, ROWS)],
-        schema=ROWS.with_metadata({HEADER_KEY: text, DIGEST_KEY: _digest(text.encode(), columns)}),
-    )
+    rows = to_rows(arrays, {HEADER_KEY: text.encode()})
+    rows = rows.replace_schema_metadata({**rows.schema.metadata, DIGEST_KEY: _digest(text.encode(), columns_of(rows))})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, rows.schema) as writer:
         writer.write_batch(rows)
@@ -195,13 +183,12 @@ def _read(content: bytes, source: str) -> tuple[dict[str, Any], Arrays]:
         )
     if not isinstance(header.get("metadata"), dict):
         raise SnapshotError(f"{source}: the snapshot's header is damaged: it holds no metadata")
-    columns = [column.to_pylist() for column in rows.columns]
-    if stated.get(DIGEST_KEY) != _digest(text, columns):
+    if stated.get(DIGEST_KEY) != _digest(text, columns_of(rows)):
         raise SnapshotError(f"{source}: the snapshot is damaged: its content does not match its digest")
-    arrays: Arrays = {}
-    for name, kind, shape, data in zip(*columns):
-        arrays[str(name)] = _array(source, name, kind, shape, data)
-    return header, arrays
+    try:
+        return header, from_rows(rows)
+    except ValueError as error:
+        raise SnapshotError(f"{source}: {error}") from None
 
 
 def _digest(header: bytes, columns: list[list[Any]]) -> bytes:
@@ -211,17 +198,6 @@ def _digest(header: bytes, columns: list[list[Any]]) -> bytes:
         digest.update(f"{name!r} {kind!r} {shape!r} ".encode())
         digest.update(data or b"")
     return digest.hexdigest().encode()
-
-
-def _array(source: str, name: Any, kind: Any, shape: Any, data: Any) -> npt.NDArray[Any]:
-    if kind not in TYPES or shape is None or data is None or any(size is None or size < 0 for size in shape):
-        raise SnapshotError(f"{source}: the array {name!r} is damaged")
-    if math.prod(shape) * 8 != len(data):
-        raise SnapshotError(f"{source}: the array {name!r} has {len(data)} bytes, not those of shape {shape}")
-    try:
-        return np.frombuffer(data, TYPES[kind]).reshape(shape).astype(TYPES[kind].newbyteorder("="))
-    except ValueError as error:
-        raise SnapshotError(f"{source}: the array {name!r} has an impossible shape: {error}") from None
 
 
 def _library_version() -> str:

@@ -1,0 +1,66 @@
+"""Named arrays as rows of an Arrow record batch: what snapshots and statistics on the wire are made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+ROWS = pa.schema(
+    [("name", pa.string()), ("type", pa.string()), ("shape", pa.list_(pa.int64())), ("data", pa.large_binary())]
+)
+TYPES = {"float64": np.dtype("<f8"), "int64": np.dtype("<i8")}
+
+
+def to_rows(arrays: Mapping[str, npt.NDArray[Any]], metadata: Mapping[bytes, bytes]) -> pa.RecordBatch:
+    """Return float64 and int64 arrays of any shape as a record batch, in their order.
+
+    >>> to_rows({"a": np.zeros((2, 3))}, {}).num_rows
+    1
+
+    """
+    columns: list[list[Any]] = [[], [], [], []]
+    for name, array in arrays.items():
+        kind = "int64" if array.dtype.kind == "i" else "float64"
+        plain = np.ascontiguousarray(array, dtype=TYPES[kind])
+        for column, value in zip(columns, (name, kind, list(plain.shape), plain.tobytes())):
+            column.append(value)
+    return pa.record_batch(
+        [pa.array(column, one.type) for column, one in zip(columns, ROWS)], schema=ROWS.with_metadata(dict(metadata))
+    )
+
+
+def from_rows(rows: pa.RecordBatch) -> Arrays:
+    """Return the arrays that `to_rows` wrote.
+
+    Raises
+    ------
+    ValueError
+        When the record batch is of another kind, or the bytes of an array do not fit its type and shape.
+
+    """
+    if not rows.schema.equals(ROWS):
+        raise ValueError(f"expected the columns {', '.join(ROWS.names)}, got {', '.join(rows.schema.names)}")
+    return {str(name): _array(name, kind, shape, data) for name, kind, shape, data in zip(*columns_of(rows))}
+
+
+def columns_of(rows: pa.RecordBatch) -> list[list[Any]]:
+    """Return names, types, shapes and bytes of the arrays."""
+    return [column.to_pylist() for column in rows.columns]
+
+
+def _array(name: Any, kind: Any, shape: Any, data: Any) -> npt.NDArray[Any]:
+    if kind not in TYPES or shape is None or data is None or any(size is None or size < 0 for size in shape):
+        raise ValueError(f"the array {name!r} is damaged")
+    if math.prod(shape) * 8 != len(data):
+        raise ValueError(f"the array {name!r} has {len(data)} bytes, not those of shape {shape}")
+    try:
+        return np.frombuffer(data, TYPES[kind]).reshape(shape).astype(TYPES[kind].newbyteorder("="))
+    except ValueError as error:
+        raise ValueError(f"the array {name!r} has an impossible shape: {error}") from None
