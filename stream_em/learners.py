@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import reduce
-from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
@@ -172,33 +171,47 @@ class FittedMixture:
         return -2.0 * float(self.log_prob(events).sum()) + 2.0 * self.n_parameters()
 
     def marginal(self, names: Sequence[str]) -> FittedMixture:
-        """Return the mixture over some of the fields (Gaussian families)."""
-        schema = self._known_schema()
-        keep = np.array([schema.position(name) for name in names], dtype=np.intp)
-        kept = Schema([schema.fields[position] for position in keep], unknown=schema.unknown)
-        return FittedMixture(self.model, self._bound_model().marginal(self.parameters, keep), kept)
-
-    def conditional(self, given: Mapping[str, float]) -> FittedMixture:
-        """Return the mixture over the other fields given values of some (Gaussian families).
+        """Return the mixture over some of the fields.
 
         Raises
         ------
         SchemaError
-            When a field is unknown, a value is not finite, or no field is left.
+            When a field is unknown, or none is named.
 
         """
-        schema = self._known_schema()
-        for name, value in given.items():
-            if not math.isfinite(value):
-                raise SchemaError(f"the given value of {name!r} must be finite, got {value!r}")
-        known = sorted((schema.position(name), float(value)) for name, value in given.items())
-        if len(known) == len(schema):
+        schema, bound = self._known_schema(), self._bound_model()
+        keep = np.array([schema.position(name) for name in names], dtype=np.intp)
+        kept = Schema([schema.fields[position] for position in keep], unknown=schema.unknown)
+        return FittedMixture(bound.restrict(keep), bound.marginal(self.parameters, keep), kept)
+
+    def conditional(self, given: Mapping[str, Any]) -> FittedMixture:
+        """Return the mixture over the other fields given values of some.
+
+        Raises
+        ------
+        SchemaError
+            When a field is unknown, a value is missing or of another kind, or no field is left.
+
+        """
+        schema, bound = self._known_schema(), self._bound_model()
+        at = np.array(sorted(schema.position(name) for name in given), dtype=np.intp)
+        if len(at) == len(schema):
             raise SchemaError("all fields are given: none is left for the conditional distribution")
-        positions = np.array([position for position, _ in known], dtype=np.intp)
-        rest = [one for position, one in enumerate(schema.fields) if position not in set(positions.tolist())]
-        values = np.array([value for _, value in known])
-        parameters = self._bound_model().conditional(self.parameters, positions, values)
-        return FittedMixture(self.model, parameters, Schema(rest, unknown=schema.unknown))
+        for name, value in given.items():
+            if value is None or value != value:  # NaN is the one value that differs from itself
+                raise SchemaError(
+                    f"the given value of {name!r} must be finite, got {value!r}; leave the field out if it is missing"
+                )
+        event = schema.encode([dict(given)], on_error="collect")
+        if event.rejected:
+            error = event.rejected[0]
+            raise SchemaError(f"the given value of {error.field!r} must be {error.expected}, got {error.value!r}")
+        values = event.values[at, 0]
+        rest = np.setdiff1d(np.arange(len(schema)), at)
+        parameters = bound.conditional(self.parameters, at, values)
+        return FittedMixture(
+            bound.restrict(rest), parameters, Schema([schema.fields[one] for one in rest], unknown=schema.unknown)
+        )
 
     @property
     def effective_components(self) -> float:
@@ -850,6 +863,27 @@ class Iteration(NamedTuple):
     prior: Any
 
 
+def iterate(bound: Mixture, parameters: MixtureParameters, statistics: Statistics, prior: Any = None) -> Iteration:
+    """Return the iteration of batch EM that these statistics, the E-step at these parameters, belong to.
+
+    Parameters
+    ----------
+    bound
+        The mixture, bound to the schema of the events.
+    parameters
+        The parameters of the E-step.
+    statistics
+        The expected sufficient statistics of all the events.
+    prior
+        What `Mixture.prior` returned, by default for these statistics.
+
+    """
+    prior = bound.prior(statistics) if prior is None else prior
+    log_posterior = statistics.log_likelihood + bound.log_prior(parameters, prior)
+    maximum = bound.m_step(statistics, prior)
+    return Iteration(maximum, statistics, log_posterior / max(statistics.total_weight, 1e-300), prior)
+
+
 def iterations(
     bound: Mixture,
     parameters: MixtureParameters,
@@ -881,13 +915,85 @@ def iterations(
 
     """
     while True:
-        statistics = reduce(
-            Statistics.merge, (bound.e_step(parameters, batch, n_threads=n_threads) for batch in batches())
-        )
-        prior = bound.prior(statistics) if prior is None else prior
-        log_posterior = statistics.log_likelihood + bound.log_prior(parameters, prior)
-        parameters = bound.m_step(statistics, prior)
-        yield Iteration(parameters, statistics, log_posterior / max(statistics.total_weight, 1e-300), prior)
+        statistics = _expected_of_all(bound, parameters, batches(), n_threads)
+        iteration = iterate(bound, parameters, statistics, prior)
+        parameters, prior = iteration.parameters, iteration.prior
+        yield iteration
+
+
+def _expected_of_all(
+    bound: Mixture, parameters: MixtureParameters, batches: Iterable[Batch], n_threads: int
+) -> Statistics:
+    return reduce(Statistics.merge, (bound.e_step(parameters, batch, n_threads=n_threads) for batch in batches))
+
+
+@dataclass(frozen=True, eq=False)
+class BatchRun:
+    """A start of batch EM, and what its iterations have come to.
+
+    Parameters
+    ----------
+    parameters
+        The parameters after the last M-step; at first those of the start.
+    origin
+        Fingerprint of the start: component ids mean the same only where this is the same.
+    prior
+        The prior of every M-step, which is that of the first iteration's statistics.
+    statistics
+        Expected sufficient statistics of the last E-step.
+    history
+        Mean log-posterior of each iteration, up to a constant.
+    converged
+        Whether the last iteration gained less than the tolerance.
+
+    >>> from stream_em import Gaussian
+    >>> batch = Schema({"x": "numeric"}).encode(np.array([[0.0], [2.0]]))
+    >>> bound = Mixture(Gaussian(), 1).bind(batch.schema)
+    >>> run = BatchRun.begin(bound.pooled(batch))
+    >>> run = run.advance(bound, bound.e_step(run.parameters, batch), tol=1e-3)
+    >>> run.parameters.components.mean, len(run.history), run.converged
+    (array([[1.]]), 1, False)
+
+    """
+
+    parameters: MixtureParameters
+    origin: str
+    prior: Any = None
+    statistics: Statistics | None = None
+    history: tuple[float, ...] = ()
+    converged: bool = False
+
+    @classmethod
+    def begin(cls, start: MixtureParameters) -> BatchRun:
+        """Return the run that begins at these parameters."""
+        return cls(start, _origin(start))
+
+    def advance(self, bound: Mixture, statistics: Statistics, tol: float) -> BatchRun:
+        """Return the run one iteration later.
+
+        Parameters
+        ----------
+        bound
+            The mixture, bound to the schema of the events.
+        statistics
+            The expected sufficient statistics of all the events at `parameters`.
+        tol
+            Converged when the mean log-posterior gains less than this.
+
+        """
+        iteration = iterate(bound, self.parameters, statistics, self.prior)
+        history = (*self.history, iteration.objective)
+        converged = len(history) > 1 and history[-1] - history[-2] < tol
+        return BatchRun(iteration.parameters, self.origin, iteration.prior, statistics, history, converged)
+
+    def finished(self, max_iter: int) -> bool:
+        """Whether no iteration is to follow."""
+        return self.converged or len(self.history) >= max_iter
+
+    @property
+    def objective(self) -> float:
+        """Mean log-posterior of the last iteration; that of a run without any is the lowest."""
+        return self.history[-1] if self.history else -math.inf
 
 
 class BatchEM(FittedMixture):
@@ -1012,18 +1118,37 @@ class BatchEM(FittedMixture):
             )
         bound = self.model.bind(sample.schema)
         generator = np.random.default_rng(self.seed)
-        best: tuple[float, MixtureParameters, Statistics, list[float], bool, str] | None = None
+        best: BatchRun | None = None
         starts = 1 if self._initial_parameters is not None else self.n_init
         with _Progress(self.progress, starts * self.max_iter) as advance:
             for _ in range(starts):
                 start = self._initial_parameters or seed_parameters(self.model, sample, generator)
                 run = self._iterate(bound, start, batches, advance)
-                if best is None or run[0] > best[0]:
-                    best = (*run, _origin(start))
+                if best is None or run.objective > best.objective:
+                    best = run
         assert best is not None
-        _, self._parameters, self.statistics, self.history, self.converged, self.origin = best
-        self._bound, self._schema = bound, sample.schema
-        self.n_events, self.ignored_fields = n_events, ignored_fields
+        return self.adopt(best, bound, n_events=n_events, ignored_fields=ignored_fields)
+
+    def adopt(
+        self, run: BatchRun, bound: Mixture, *, n_events: int, ignored_fields: Mapping[str, int] | None = None
+    ) -> Self:
+        """Take over what the iterations of a start came to, wherever they were made; return the learner.
+
+        Parameters
+        ----------
+        run
+            The start, and what its iterations came to.
+        bound
+            The mixture, bound to the schema of the events.
+        n_events
+            Events fitted.
+        ignored_fields
+            Names of unknown fields that were ignored, with the number of events that held them.
+
+        """
+        self._bound, self._schema, self._parameters = bound, bound.schema, run.parameters
+        self.statistics, self.history, self.converged = run.statistics, list(run.history), run.converged
+        self.n_events, self.ignored_fields, self.origin = n_events, Counter(ignored_fields or {}), run.origin
         return self
 
     def _read(
@@ -1068,19 +1193,16 @@ class BatchEM(FittedMixture):
     def _iterate(
         self,
         bound: Mixture,
-        parameters: MixtureParameters,
+        start: MixtureParameters,
         batches: Callable[[], Iterator[Batch]],
         advance: Callable[[str], None],
-    ) -> tuple[float, MixtureParameters, Statistics, list[float], bool]:
-        history: list[float] = []
-        converged = False
-        for iteration in islice(iterations(bound, parameters, batches, n_threads=self.n_threads), self.max_iter):
-            history.append(iteration.objective)
-            advance(f"mean log-posterior {history[-1]:.6g}")
-            if len(history) > 1 and history[-1] - history[-2] < self.tol:
-                converged = True
-                break
-        return history[-1], iteration.parameters, iteration.statistics, history, converged
+    ) -> BatchRun:
+        run = BatchRun.begin(start)
+        while not run.finished(self.max_iter):
+            statistics = _expected_of_all(bound, run.parameters, batches(), self.n_threads)
+            run = run.advance(bound, statistics, self.tol)
+            advance(f"mean log-posterior {run.objective:.6g}")
+        return run
 
     def merge(self, other: BatchEM) -> BatchEM:
         """Return a fit whose statistics are those of both, after one more M-step; neither is changed.

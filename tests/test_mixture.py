@@ -19,6 +19,8 @@ from cases import (
     draw_parameters,
     draw_values,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import expon, multivariate_normal, norm, poisson
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
@@ -223,12 +225,29 @@ def test_conditional_integrates_to_one(kind: Any) -> None:
     assert float(density.sum() * (grid[1] - grid[0])) == pytest.approx(1.0, abs=1e-9)
 
 
-def test_only_gaussian_mixtures_have_sub_models() -> None:
-    model, parameters = draw_parameters(CASES["poisson"], 2, 10)
-    with pytest.raises(FamilyError, match="Gaussian"):
-        model.marginal(parameters, np.array([0]))
-    with pytest.raises(FamilyError, match="Gaussian"):
-        model.conditional(parameters, np.array([0]), np.array([1.0]))
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if len(case.schema) > 1])
+@given(data=st.data())
+@settings(max_examples=15, deadline=None)
+def test_joint_is_marginal_times_conditional_in_every_family(name: str, data: st.DataObject) -> None:
+    model, parameters = draw_parameters(CASES[name], 3, 10)
+    model, schema = model.bind(CASES[name].schema), CASES[name].schema
+    order = data.draw(st.permutations(range(len(schema))))
+    split = data.draw(st.integers(1, len(schema) - 1))
+    given_fields, rest = np.array(sorted(order[:split])), np.array(sorted(order[split:]))
+    values, _ = model.sample(parameters, 3, np.random.default_rng(1))
+    shuffled = np.array(order[:split])
+    of_given = model.restrict(shuffled).log_prob(
+        model.marginal(parameters, shuffled),
+        Batch(values[shuffled], Schema([schema.fields[position] for position in shuffled])),
+    )
+    of_rest = [
+        model.restrict(rest).log_prob(
+            model.conditional(parameters, given_fields, event[given_fields]),
+            Batch(event[rest][:, None], Schema([schema.fields[position] for position in rest])),
+        )[0]
+        for event in values.T
+    ]
+    np.testing.assert_allclose(of_given + of_rest, model.log_prob(parameters, Batch(values, schema)), rtol=1e-8)
 
 
 # Missing values

@@ -7,7 +7,7 @@ from typing import Any
 
 from stream_em import BatchEM, Gaussian, Mixture, OnlineEM, Product, Schema
 from stream_em.cli.config import Config, ConfigError, ModelSection, SourceSection
-from stream_em.families import BY_NAME, NAMES, OF_KIND
+from stream_em.families import BY_NAME, NAMES
 from stream_em.families.base import Family
 from stream_em.families.gaussian import CovarianceType
 from stream_em.schema import Field
@@ -54,19 +54,23 @@ def make_model(section: ModelSection, schema: Schema) -> Mixture:
             raise ConfigError(
                 f"model.families.{name}: the events have no such field (they have: {', '.join(schema.names)})"
             )
+    chosen = section.families if section.family == "auto" else dict.fromkeys(schema.names, section.family)
     groups: dict[str, list[str]] = {}
-    for field in schema.fields:
-        family = section.families.get(field.name, NAMES[OF_KIND.get(field.kind, Gaussian)])
-        groups.setdefault(section.family if section.family != "auto" else family, []).append(field.name)
+    for name, family in chosen.items():
+        groups.setdefault(family, []).append(name)
+    if (joint := groups.get(NAMES[Gaussian])) is not None:
+        joint += [one.name for one in schema.fields if one.kind == "numeric" and one.name not in chosen]
+    whole: Family
     families: dict[str | tuple[str, ...], Family] = {
-        tuple(names): _make_family(family, section.covariance_type) for family, names in groups.items()
+        tuple(sorted(names, key=schema.position)): _make_family(family, section.covariance_type)
+        for family, names in groups.items()
     }
-    if len(families) > 1 and schema.unknown == "add":
-        raise ConfigError(
-            "schema.unknown: add needs a model with one family for all fields, and these fields have several: "
-            f"{', '.join(sorted(groups))}; set it to ignore or refuse, or name all fields in schema.fields"
-        )
-    whole = next(iter(families.values())) if len(families) == 1 else Product(families)
+    if len(families) == 1 and sum(map(len, families)) == len(schema):
+        (whole,) = families.values()
+    elif not families and schema.unknown != "add" and all(one.kind == "numeric" for one in schema.fields):
+        whole = Gaussian(section.covariance_type)
+    else:
+        whole = Product(families, others=section.covariance_type)
     options: dict[str, Any] = {"assignment": section.assignment}
     if section.prior_weight is not None:
         options["prior_weight"] = section.prior_weight

@@ -205,6 +205,19 @@ class Family(ABC):
         """
         return parts
 
+    def restrict(self, keep: npt.NDArray[np.intp]) -> Family:
+        """Return the family of the fields at the positions `keep`, to be bound to them."""
+        return self
+
+    @abstractmethod
+    def marginal(self, parameters: Any, keep: npt.NDArray[np.intp]) -> Any:
+        """Return the parameters over the fields at the positions `keep`."""
+
+    def conditional(self, parameters: Any, given: npt.NDArray[np.intp], values: Array) -> Any:
+        """Return the parameters over the other fields, given `values` (G,) of the fields at the positions `given`."""
+        n_fields = self.moments(parameters)[0].shape[1]
+        return self.marginal(parameters, np.setdiff1d(np.arange(n_fields), given))
+
     def covariance(self, parameters: Any, first: int, second: int) -> Array:
         """Return the covariance (K,) of two different fields in each component."""
         return np.zeros(len(self.moments(parameters)[0]))

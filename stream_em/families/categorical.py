@@ -137,6 +137,12 @@ class Categorical(Family):
     def n_parameters(self, n_fields: int, n_components: int) -> int:  # noqa: D102
         return n_components * sum(size - 1 for size in self.n_codes)
 
+    def marginal(  # noqa: D102
+        self, parameters: CategoricalParameters, keep: npt.NDArray[np.intp]
+    ) -> CategoricalParameters:
+        by_field = self._by_field(parameters.probability)
+        return CategoricalParameters(np.concatenate([by_field[position] for position in keep], axis=1))
+
     def grow(  # noqa: D102
         self, parts: Parts, old: tuple[Field, ...], new: tuple[Field, ...], pooled: CategoricalParameters
     ) -> Parts:

@@ -631,20 +631,18 @@ class Gaussian(Family):
         }
         return n_components * n_fields + of_covariance[self.covariance_type]
 
-    def marginal(self, parameters: GaussianParameters, keep: npt.NDArray[np.intp]) -> GaussianParameters:
-        """Return the parameters over the fields at the positions `keep`."""
+    def marginal(self, parameters: GaussianParameters, keep: npt.NDArray[np.intp]) -> GaussianParameters:  # noqa: D102
         if self._is_joint:
             return _marginal_joint(parameters, keep)
         covariance = parameters.covariance if self.covariance_type == "spherical" else parameters.covariance[:, keep]
         return GaussianParameters(parameters.mean[:, keep], covariance)
 
-    def conditional(
+    def conditional(  # noqa: D102
         self, parameters: GaussianParameters, given: npt.NDArray[np.intp], values: Array
     ) -> GaussianParameters:
-        """Return the parameters over the other fields, given `values` of the fields at the positions `given`."""
-        rest = np.setdiff1d(np.arange(parameters.mean.shape[1]), given)
         if not self._is_joint:
-            return self.marginal(parameters, rest)
+            return super().conditional(parameters, given, values)  # type: ignore[no-any-return]
+        rest = np.setdiff1d(np.arange(parameters.mean.shape[1]), given)
         observed = _marginal_joint(parameters, given)
         cross = parameters.covariance[..., rest[:, None], given]
         regression = np.matmul(cross, observed.precision)

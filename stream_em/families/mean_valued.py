@@ -146,6 +146,9 @@ class MeanValued(Family):
     def n_parameters(self, n_fields: int, n_components: int) -> int:  # noqa: D102
         return n_fields * n_components
 
+    def marginal(self, parameters: MeanParameters, keep: npt.NDArray[np.intp]) -> MeanParameters:  # noqa: D102
+        return MeanParameters(parameters.mean[:, keep])
+
     def grow(  # noqa: D102
         self, parts: Parts, old: tuple[Field, ...], new: tuple[Field, ...], pooled: MeanParameters
     ) -> Parts:

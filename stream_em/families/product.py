@@ -282,6 +282,35 @@ class Product(Family):
                 return index, int(found[0])
         raise FamilyError(f"there is no field at position {position}")
 
+    def restrict(self, keep: npt.NDArray[np.intp]) -> Product:  # noqa: D102
+        kept = {name for factor in self._factors for name, position in _places(factor) if position in keep}
+        families = {tuple(name for name in _names(key) if name in kept): one for key, one in self.families.items()}
+        return Product({names: one for names, one in families.items() if names}, self.others)
+
+    def marginal(self, parameters: tuple[Any, ...], keep: npt.NDArray[np.intp]) -> tuple[Any, ...]:  # noqa: D102
+        fields = {position: one for factor in self._factors for one, position in zip(factor.fields, factor.positions)}
+        where = dict(place for factor in self._factors for place in _places(factor))
+        factors = self.restrict(keep).bind(tuple(fields[position] for position in keep.tolist())).factors
+        marginals = []
+        for factor in factors:
+            places = [self._place(where[one.name]) for one in factor.fields]
+            index = places[0][0]
+            within = np.array([position for _, position in places], dtype=np.intp)
+            marginals.append(factor.family.marginal(parameters[index], within))
+        return tuple(marginals)
+
+    def conditional(  # noqa: D102
+        self, parameters: tuple[Any, ...], given: npt.NDArray[np.intp], values: Array
+    ) -> tuple[Any, ...]:
+        left = []
+        for factor, of_factor in zip(self._factors, parameters):
+            _, within, among = np.intersect1d(factor.positions, given, return_indices=True)
+            if len(within) == 0:
+                left.append(of_factor)
+            elif len(within) < len(factor.positions):
+                left.append(factor.family.conditional(of_factor, within, values[among]))
+        return tuple(left)
+
     def n_parameters(self, n_fields: int, n_components: int) -> int:  # noqa: D102
         return sum(factor.family.n_parameters(len(factor.positions), n_components) for factor in self._factors)
 
@@ -330,6 +359,10 @@ def _never_held(factor: _Factor, pooled: Any, weights: Array) -> Parts:
     n_fields = len(factor.positions)
     block = factor.family.block(pooled, np.zeros(n_fields, dtype=bool))
     return block.collect(np.zeros((len(weights), block.n_features)), weights, np.zeros((1, n_fields)))[0]
+
+
+def _places(factor: _Factor) -> list[tuple[str, int]]:
+    return [(one.name, position) for one, position in zip(factor.fields, factor.positions.tolist())]
 
 
 def _names(key: str | tuple[str, ...]) -> tuple[str, ...]:

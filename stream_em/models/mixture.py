@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from stream_em.families.base import Block, Family, FamilyError, Mask, Parts, feature_table
-from stream_em.families.gaussian import Gaussian
 from stream_em.numerics import Array, check_whole, compiled_or_none, softmax_in_place
 from stream_em.schema import Batch, Schema
 from stream_em.statistics import Statistics, Sums
@@ -250,41 +249,27 @@ class Mixture:
         family = self.family.bind(schema.fields)
         return self.n_components - 1 + family.n_parameters(len(schema), self.n_components)
 
+    def restrict(self, keep: npt.NDArray[np.intp]) -> Mixture:
+        """Return the model of the fields at the positions `keep` of a bound model, to be bound to them."""
+        return replace(self, family=self.family.restrict(keep))
+
     def marginal(self, parameters: MixtureParameters, keep: npt.NDArray[np.intp]) -> MixtureParameters:
-        """Return the mixture over the fields at the positions `keep`.
-
-        Raises
-        ------
-        FamilyError
-            When the family is not Gaussian.
-
-        """
-        return replace(parameters, components=self._gaussian("marginal").marginal(parameters.components, keep))
+        """Return the parameters over the fields at the positions `keep`, for `restrict(keep)`."""
+        return replace(parameters, components=self.family.marginal(parameters.components, keep))
 
     def conditional(
         self, parameters: MixtureParameters, given: npt.NDArray[np.intp], values: Array
     ) -> MixtureParameters:
-        """Return the mixture over the other fields, given `values` (G,) of the fields at the positions `given`.
+        """Return the parameters over the other fields, given `values` (G,) of the fields at the positions `given`.
 
-        Raises
-        ------
-        FamilyError
-            When the family is not Gaussian.
-
+        Values are in the schema's coding, and none is missing.
         """
-        gaussian = self._gaussian("conditional")
-        at = np.asarray(values, dtype=np.float64)
-        # About the given point every feature is 0, so the constant is the whole log-density there.
-        log_weights = gaussian.block(gaussian.marginal(parameters.components, given), None).natural(at)[1]
-        log_weights = (log_weights + parameters.log_weights)[:, None]
-        softmax_in_place(log_weights)
-        components = gaussian.conditional(parameters.components, given, at)
-        return MixtureParameters(log_weights[:, 0], components, parameters.component_ids)
-
-    def _gaussian(self, verb: str) -> Gaussian:
-        if not isinstance(self.family, Gaussian):
-            raise FamilyError(f"the {verb} is available for Gaussian mixtures, not for {type(self.family).__name__}")
-        return self.family
+        assert self.schema is not None
+        event = np.full((len(self.schema), 1), np.nan)
+        event[given, 0] = values
+        weights = self.posterior(parameters, Batch(event, self.schema)).responsibilities[:, 0]
+        components = self.family.conditional(parameters.components, given, event[given, 0])
+        return MixtureParameters(weights, components, parameters.component_ids)
 
     def grow(self, statistics: Statistics, old: Schema, new: Schema, batch: Batch) -> Statistics:
         """Return the statistics for a schema that gained categories or fields.

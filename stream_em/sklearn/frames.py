@@ -242,7 +242,7 @@ class MixtureModel(BaseMixture):
         return np.column_stack([column.to_numpy().astype(np.float64) for column in table.columns]), components
 
     def marginal(self, features: Sequence[str]) -> FittedMixture:
-        """Return the mixture over some of the columns, where all are Gaussian.
+        """Return the mixture over some of the columns.
 
         Parameters
         ----------
@@ -258,12 +258,12 @@ class MixtureModel(BaseMixture):
         check_is_fitted(self)
         return self._fitted().marginal(features)
 
-    def conditional(self, given: Mapping[str, float]) -> FittedMixture:
-        """Return the mixture over the other columns given values of some, where all are Gaussian.
+    def conditional(self, given: Mapping[str, Any]) -> FittedMixture:
+        """Return the mixture over the other columns given values of some.
 
         Parameters
         ----------
-        given : mapping of str to float
+        given : mapping of str to value
             Values by column name.
 
         Returns

@@ -410,13 +410,18 @@ class TestNewFields:
         assert learner.schema.names == ("x", "y")
         assert learner.n_events == 1000
 
-    def test_a_field_that_the_model_cannot_take_is_told_in_time_or_named(self, job):
-        families = ["schema.unknown=add", "schema.fields={x: numeric, c: category}"]
-        done = stream_em("run", "job.yaml", *families, cwd=job, code=2)
-        assert "schema.unknown: add needs a model with one family" in done.stderr
+    def test_a_field_of_another_kind_is_added_with_the_family_of_its_kind(self, job):
+        text = (job / "events.jsonl").read_text().rstrip("\n")
+        (job / "events.jsonl").write_text(text + "".join(f'\n{{"x": {i}.0, "c": "{"ab"[i % 2]}"}}' for i in range(300)))
+        stream_em("run", "job.yaml", "schema.unknown=add", "schema.fields={x: numeric, n: count}", cwd=job)
+        learner = load(job / "output" / "model.arrow")
+        assert learner.schema.names == ("x", "n", "y", "c")
+        assert learner.n_events == 1300
+
+    def test_a_field_that_the_model_cannot_take_is_named(self, job):
         text = (job / "events.jsonl").read_text()
         (job / "events.jsonl").write_text(text + '\n{"x": 1.0, "c": "a"}')
-        done = stream_em("run", "job.yaml", "schema.unknown=add", cwd=job, code=1)
+        done = stream_em("run", "job.yaml", "schema.unknown=add", "model.family=gaussian", cwd=job, code=1)
         assert "a new field came after 1,000 events" in done.stderr
 
 
@@ -663,9 +668,11 @@ class TestOptions:
             output={"picture": None, "scored_events": None},
         )
         stream_em("run", "job.yaml", "model.covariance_type=diag", cwd=tmp_path)
-        families = load(tmp_path / "output" / "model.arrow").model.family.families
-        names = {str(key): type(family).__name__ for key, family in families.items()}
-        assert sorted(names.values()) == ["Bernoulli", "Categorical", "Gaussian", "Poisson"]
+        learner = load(tmp_path / "output" / "model.arrow")
+        factors = learner.model.family.bind(learner.schema.fields).factors
+        names = sorted(type(factor.family).__name__ for factor in factors)
+        assert names == ["Bernoulli", "Categorical", "Gaussian", "Poisson"]
+        assert learner.model.family.others == "diag"
         stream_em("run", "job.yaml", "model.families.items=gaussian", cwd=tmp_path)
         families = load(tmp_path / "output" / "model.arrow").model.family.families
         assert ("x", "y", "items") in families

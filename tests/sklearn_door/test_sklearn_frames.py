@@ -18,7 +18,6 @@ from stream_em import (
     Bernoulli,
     Categorical,
     Exponential,
-    FamilyError,
     Gaussian,
     Mixture,
     Poisson,
@@ -268,17 +267,16 @@ def test_warm_start_goes_on() -> None:
         model.set_params(n_components=3).fit(FRAME)
 
 
-def test_marginal_and_conditional_of_gaussian_columns() -> None:
-    model = MixtureModel(2, random_state=0).fit(FRAME[["amount", "hour"]])
-    at = {"amount": 1.0, "hour": 0.5}
-    joint = model.score_samples(pd.DataFrame([at]))
-    parts = model.marginal(["amount"]).log_prob({"amount": 1.0}) + model.conditional({"amount": 1.0}).log_prob(
-        {"hour": 0.5}
-    )
-    np.testing.assert_allclose(joint, parts, rtol=1e-9)
-    mixed = MixtureModel(2, random_state=0).fit(FRAME)
-    with pytest.raises(FamilyError, match="available for Gaussian mixtures, not for Product"):
-        mixed.marginal(["amount"])
+def test_marginal_and_conditional_of_mixed_columns() -> None:
+    model = MixtureModel(2, families=CHOSEN, random_state=0).fit(FRAME)
+    for position in (0, 7):
+        event = FRAME.iloc[[position]].to_dict("records")[0]
+        given = {name: event.pop(name) for name in ("country", "amount")}
+        joint = model.score_samples(FRAME.iloc[[position]])
+        parts = model.marginal(["country", "amount"]).log_prob(given) + model.conditional(given).log_prob(event)
+        np.testing.assert_allclose(joint, parts, rtol=1e-9)
+    with pytest.raises(SchemaError, match="'country' must be a string"):
+        model.conditional({"country": 3.0})
 
 
 def test_description_tells_components_in_the_columns_own_terms() -> None:
