@@ -1,7 +1,16 @@
 """Online and batch EM over streams of events."""
 
 from stream_em.describe import ComponentDescription, FieldDescription
-from stream_em.families import Bernoulli, Categorical, Exponential, FamilyError, Gaussian, Poisson, Product
+from stream_em.families import (
+    Bernoulli,
+    Categorical,
+    Exponential,
+    FamilyError,
+    Gaussian,
+    LinearRegression,
+    Poisson,
+    Product,
+)
 from stream_em.learners import BatchEM, FittedMixture, NotFittedError, OnlineEM, Prediction
 from stream_em.models import Mixture, MixtureParameters
 from stream_em.schedules import Constant, HalfLife, Harmonic, RobbinsMonro
@@ -25,6 +34,7 @@ __all__ = [
     "Gaussian",
     "HalfLife",
     "Harmonic",
+    "LinearRegression",
     "MergeError",
     "Mixture",
     "MixtureParameters",

@@ -14,6 +14,7 @@ from stream_em import (
     Exponential,
     Field,
     Gaussian,
+    LinearRegression,
     Mixture,
     MixtureParameters,
     Poisson,
@@ -33,6 +34,8 @@ COVARIANCE_TYPES = ("full", "tied", "diag", "spherical")
 class Case:
     family: Family
     schema: Schema
+    always: tuple[str, ...] = ()
+    """Fields that are never missing, since the family has no density without them."""
 
 
 NUMERIC = Schema({"x": "numeric", "y": "numeric", "z": "numeric"})
@@ -74,11 +77,21 @@ CASES: dict[str, Case] = {
         Product({("x", "y"): Gaussian("tied"), ("u", "v"): Gaussian("spherical")}),
         Schema({"u": "numeric", "x": "numeric", "v": "numeric", "y": "numeric"}),
     ),
+    "regression": Case(LinearRegression("y"), NUMERIC, ("x", "z")),
 }
+# Their density is that of some fields given the others, so that there is none of these alone.
+CONDITIONAL_CASES = ["regression"]
+COMPILED_CASES = [name for name in CASES if name != "regression"]
 GAUSSIAN_CASES = [name for name in CASES if name.startswith("gaussian")]
 
 
-def draw_values(schema: Schema, n_events: int, generator: np.random.Generator, missing: float = 0.0) -> np.ndarray:
+def draw_values(
+    schema: Schema,
+    n_events: int,
+    generator: np.random.Generator,
+    missing: float = 0.0,
+    always: tuple[str, ...] = (),
+) -> np.ndarray:
     """Events (D, n) in three clusters; each value missing with this probability, never a whole event."""
     cluster = generator.integers(3, size=n_events)
     rows = []
@@ -98,6 +111,7 @@ def draw_values(schema: Schema, n_events: int, generator: np.random.Generator, m
     if missing and len(schema) > 1:
         gone = generator.random(values.shape) < missing
         gone[generator.integers(len(schema), size=n_events), np.arange(n_events)] = False
+        gone[[schema.position(name) for name in always]] = False
         values[gone] = np.nan
     return values
 
@@ -111,7 +125,7 @@ def draw_batch(
     weighted: bool = False,
 ) -> Batch:
     generator = np.random.default_rng(seed)
-    values = draw_values(case.schema, n_events, generator, missing)
+    values = draw_values(case.schema, n_events, generator, missing, case.always)
     weight = generator.exponential(size=n_events) * generator.integers(2, size=n_events) if weighted else None
     return Batch(values, case.schema, weight)
 

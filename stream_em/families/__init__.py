@@ -12,7 +12,8 @@ from stream_em.families.exponential import Exponential
 from stream_em.families.gaussian import CovarianceType, Gaussian
 from stream_em.families.poisson import Poisson
 from stream_em.families.product import OF_KIND, Product
-from stream_em.schema import Schema
+from stream_em.families.regression import LinearRegression
+from stream_em.schema import KINDS, Kind, Schema
 
 __all__ = [
     "BY_NAME",
@@ -23,10 +24,12 @@ __all__ = [
     "Family",
     "FamilyError",
     "Gaussian",
+    "LinearRegression",
     "Poisson",
     "Product",
     "automatic_family",
     "family_from_specification",
+    "kind_for",
     "specification_of_family",
 ]
 
@@ -37,7 +40,19 @@ BY_NAME: dict[str, type[Family]] = {
     "poisson": Poisson,
     "exponential": Exponential,
 }
-NAMES = {family: name for name, family in BY_NAME.items()}
+# Described by a name together with options that have no default.
+WITH_OPTIONS: dict[str, type[Family]] = {"linear_regression": LinearRegression}
+NAMES = {family: name for name, family in (BY_NAME | WITH_OPTIONS).items()}
+
+
+def kind_for(family: Family | type[Family], inferred: Kind) -> Kind:
+    """Return the kind of a field of this family: the one inferred from its values where the family takes it.
+
+    >>> kind_for(Poisson, "numeric"), kind_for(Gaussian, "flag")
+    ('count', 'flag')
+
+    """
+    return next(kind for kind in (inferred, *KINDS) if kind in family.kinds)
 
 
 def automatic_family(schema: Schema, covariance_type: CovarianceType = "full") -> Family:
@@ -105,9 +120,10 @@ def family_from_specification(specification: dict[str, Any]) -> Family:
             names = tuple(of_factor.pop("fields"))
             families[names] = family_from_specification(of_factor)
         return Product(families, options.get("others"))
-    if name not in BY_NAME:
-        raise FamilyError(f"unknown family {name!r}, expected one of {', '.join([*BY_NAME, 'product'])}")
+    named = BY_NAME | WITH_OPTIONS
+    if name not in named:
+        raise FamilyError(f"unknown family {name!r}, expected one of {', '.join([*named, 'product'])}")
     try:
-        return BY_NAME[name](**options)
+        return named[name](**options)
     except TypeError as error:
         raise FamilyError(f"the family {name!r} does not take these options: {error}") from None

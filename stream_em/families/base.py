@@ -137,6 +137,10 @@ class Family(ABC):
         """Return which of the fields (D,) depend on each other, so that events are grouped by which are missing."""
         return np.zeros(n_fields, dtype=bool)
 
+    def lacking(self, observed: Mask) -> Mask | None:
+        """Return which missing values (D, B) leave their event without a density; None when none ever does."""
+        return None
+
     @abstractmethod
     def block(self, parameters: Any, observed: Mask | None) -> Block:
         """Return the family at these parameters.
@@ -177,6 +181,13 @@ class Family(ABC):
     @abstractmethod
     def log_prior(self, parameters: Any, prior: Any) -> float:
         """Return the expected log-density of the pseudo-events, up to a constant."""
+
+    def start(self, values: Array, weight: Array, n_components: int, generator: np.random.Generator) -> Array | None:
+        """Return responsibilities (K, B) to start EM from, for events (D, B) with NaN where a value is missing.
+
+        None where components are clusters of events, which k-means finds.
+        """
+        return None
 
     @abstractmethod
     def moments(self, parameters: Any) -> tuple[Array, Array]:

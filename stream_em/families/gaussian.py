@@ -24,6 +24,12 @@ LARGEST_SQUARED_OFFSET = 4e6
 # Below this a variance, and its products with others, would leave the range of doubles.
 SMALLEST_VARIANCE = 1e-200
 
+# A variance is that of rounding when it is less than this times the squared mean.
+ROUNDING_OF_SQUARES = 256.0 * EPSILON**2
+
+# A field that never varied gets this share of its value as its standard deviation.
+CONSTANT_DEVIATION = 1e-3
+
 # A component whose covariance is to be shrunk is moved this far towards the pooled variances.
 SHRINKAGE = 0.01
 
@@ -58,6 +64,11 @@ class GaussianParameters:
     def factor(self) -> Array:
         """Lower Cholesky factors, (K, D, D) or (D, D)."""
         return cholesky(self.covariance)[1]
+
+    @cached_property
+    def ill_defined(self) -> npt.NDArray[np.bool_]:
+        """Components (K,) whose covariances had to be repaired; a tied covariance is that of all."""
+        return np.zeros(len(self.mean), dtype=bool)
 
     @cached_property
     def precision(self) -> Array:
@@ -323,13 +334,6 @@ class _SeparateBlock(Block):
         return {"moments": Moments(field_weight, mean, scatter)}, better
 
 
-def _collinear(covariance: Array) -> npt.NDArray[np.bool_]:
-    """Return which matrices of a stack (..., D, D) are not safely positive definite."""
-    dimension = covariance.shape[-1]
-    collinear = [cholesky(matrix)[0] is not matrix for matrix in covariance.reshape(-1, dimension, dimension)]
-    return np.array(collinear).reshape(covariance.shape[:-2])
-
-
 def _marginal_joint(parameters: GaussianParameters, keep: npt.NDArray[np.intp]) -> GaussianParameters:
     covariance = parameters.covariance[..., keep[:, None], keep]
     return GaussianParameters(parameters.mean[:, keep], covariance)
@@ -362,7 +366,7 @@ def pooled_moments(moments: Moments) -> tuple[Array, Array]:
 
 def _rounding_of(mean: Array) -> Array:
     """Variance that the rounding of values near `mean` may make."""
-    rounding: Array = np.maximum((256.0 * EPSILON**2) * mean * mean, SMALLEST_VARIANCE)
+    rounding: Array = np.maximum(ROUNDING_OF_SQUARES * mean * mean, SMALLEST_VARIANCE)
     return rounding
 
 
@@ -371,7 +375,7 @@ def _positive_variance(mean: Array, variance: Array) -> Array:
     if not constant.any():
         return variance
     unit = np.where(np.abs(mean) > np.sqrt(SMALLEST_VARIANCE), mean, 1.0)
-    return np.where(constant, (1e-3 * unit) ** 2, variance)
+    return np.where(constant, (CONSTANT_DEVIATION * unit) ** 2, variance)
 
 
 @dataclass(frozen=True, eq=False)
@@ -421,8 +425,8 @@ class Gaussian(Family):
     giving each field a weight of its own.
 
     Where the prior is too weak to keep a covariance well-defined (the component holds one event, copies of
-    one, or events on a line), as little as possible is added to make it so, and `ill_defined` says where. Those
-    that the prior names as `shrunk` are moved a hundredth of the way to the pooled variances.
+    one, or events on a line), as little as possible is added to make it so, and `ill_defined` of the parameters says
+    where. Those that the prior names as `shrunk` are moved a hundredth of the way to the pooled variances.
 
     >>> Gaussian(covariance_type="diag").n_parameters(n_fields=2, n_components=3)
     12
@@ -478,27 +482,18 @@ class Gaussian(Family):
         moments = parts["moments"]
         assert isinstance(moments, Moments)
         mean, covariance = self._estimate(moments, prior)
+        ill_defined = np.zeros(len(mean), dtype=bool)
         if prior.weight < WEAK_PRIOR:
-            covariance, factor, _ = self._well_defined(covariance, moments, prior)
+            covariance, factor, ill = self._well_defined(covariance, moments, prior)
+            ill_defined |= ill
         elif self._is_joint:
             covariance, factor = cholesky(covariance)
         parameters = GaussianParameters(mean, covariance)
+        parameters.__dict__["ill_defined"] = ill_defined
         if self._is_joint:
             # What `cholesky` had to compute anyway need not be computed again.
             parameters.__dict__["factor"] = factor
         return parameters
-
-    def ill_defined(self, parts: Parts, prior: GaussianPrior) -> npt.NDArray[np.bool_]:
-        """Return the components (K,) whose covariances `maximize` has to repair.
-
-        A tied covariance is that of all components.
-        """
-        moments = parts["moments"]
-        assert isinstance(moments, Moments)
-        if prior.weight >= WEAK_PRIOR:
-            return np.zeros(len(moments.mean), dtype=bool)
-        ill = self._well_defined(self._estimate(moments, prior)[1], moments, prior)[2]
-        return np.broadcast_to(ill, len(moments.mean))
 
     def _well_defined(
         self, covariance: Array, moments: Moments, prior: GaussianPrior
@@ -513,8 +508,8 @@ class Gaussian(Family):
             self._add_variance(covariance, which, SHRINKAGE, prior)
         if not self._is_joint:
             return covariance, None, flat
-        collinear = _collinear(covariance)
-        return *cholesky(covariance), flat | collinear
+        repaired, factor = cholesky(covariance)
+        return repaired, factor, flat | (repaired != covariance).any(axis=(-2, -1))
 
     def _estimate(self, moments: Moments, prior: GaussianPrior) -> tuple[Array, Array]:
         """Return means and covariances of the merge of the statistics with those of the pseudo-events."""
@@ -578,10 +573,13 @@ class Gaussian(Family):
             )
 
     def keep(self, new: GaussianParameters, old: GaussianParameters, kept: Mask) -> GaussianParameters:  # noqa: D102
-        if self.covariance_type != "tied":
-            kept_parameters: GaussianParameters = super().keep(new, old, kept)
-            return kept_parameters
-        return replace(new, mean=np.where(kept[:, None], old.mean, new.mean))
+        parameters: GaussianParameters
+        if self.covariance_type == "tied":
+            parameters = replace(new, mean=np.where(kept[:, None], old.mean, new.mean))
+        else:
+            parameters = super().keep(new, old, kept)
+        parameters.__dict__["ill_defined"] = new.ill_defined
+        return parameters
 
     def log_prior(self, parameters: GaussianParameters, prior: GaussianPrior) -> float:  # noqa: D102
         theta, constant = self.block(parameters, None).natural(prior.mean)

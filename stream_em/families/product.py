@@ -224,6 +224,15 @@ class Product(Family):
             mask[factor.positions] = factor.family.joint_fields(len(factor.positions))
         return mask
 
+    def lacking(self, observed: Mask) -> Mask | None:  # noqa: D102
+        lacking: Mask | None = None
+        for factor in self._factors:
+            of_factor = factor.family.lacking(observed[factor.rows])
+            if of_factor is not None:
+                lacking = np.zeros_like(observed) if lacking is None else lacking
+                lacking[factor.rows] = of_factor
+        return lacking
+
     def block(self, parameters: tuple[Any, ...], observed: Mask | None) -> Block:  # noqa: D102
         return _ProductBlock(self._factors, parameters, observed)
 
@@ -246,6 +255,12 @@ class Product(Family):
             factor.family.log_prior(of_factor, of_prior)
             for factor, of_factor, of_prior in zip(self._factors, parameters, prior)
         )
+
+    def start(  # noqa: D102
+        self, values: Array, weight: Array, n_components: int, generator: np.random.Generator
+    ) -> Array | None:
+        starts = (factor.family.start(values[factor.rows], weight, n_components, generator) for factor in self._factors)
+        return next((start for start in starts if start is not None), None)
 
     def moments(self, parameters: tuple[Any, ...]) -> tuple[Array, Array]:  # noqa: D102
         pairs = [factor.family.moments(of_factor) for factor, of_factor in zip(self._factors, parameters)]
@@ -283,9 +298,12 @@ class Product(Family):
         raise FamilyError(f"there is no field at position {position}")
 
     def restrict(self, keep: npt.NDArray[np.intp]) -> Product:  # noqa: D102
-        kept = {name for factor in self._factors for name, position in _places(factor) if position in keep}
-        families = {tuple(name for name in _names(key) if name in kept): one for key, one in self.families.items()}
-        return Product({names: one for names, one in families.items() if names}, self.others)
+        families: dict[str | tuple[str, ...], Family] = {}
+        for key, factor in zip(self.families, self._factors):
+            within = np.flatnonzero(np.isin(factor.positions, keep))
+            if len(within):
+                families[tuple(_names(key)[position] for position in within)] = factor.family.restrict(within)
+        return Product(families, self.others)
 
     def marginal(self, parameters: tuple[Any, ...], keep: npt.NDArray[np.intp]) -> tuple[Any, ...]:  # noqa: D102
         fields = {position: one for factor in self._factors for one, position in zip(factor.fields, factor.positions)}
