@@ -73,5 +73,5 @@ class BlockKernel:
         if math.isnan(log_likelihood):
             return None
         if log_likelihood == math.inf:
-            kernel.repair(batch.total_weight, batch.n_events)
+            kernel.repair(batch.n_events if batch.weight is None else int(np.count_nonzero(batch.weight)))
         return log_prob, kernel.component_ids[winners], responsibilities.T

@@ -19,9 +19,10 @@ from typing import Any, TypeVar, cast
 import numpy as np
 from numba import njit, types
 
+from stream_em.families import Bernoulli, Exponential, Poisson
 from stream_em.families.categorical import SMALLEST_PROBABILITY
-from stream_em.families.gaussian import LOG_TWO_PI, SMALLEST_VARIANCE
-from stream_em.numerics import EPSILON, LARGEST_VALUE, SMALLEST_RELATIVE_PIVOT, SMALLEST_WEIGHT, Array
+from stream_em.families.gaussian import CONSTANT_DEVIATION, LOG_TWO_PI, ROUNDING_OF_SQUARES, SMALLEST_VARIANCE
+from stream_em.numerics import LARGEST_LOG_DENSITY, LARGEST_VALUE, SMALLEST_RELATIVE_PIVOT, SMALLEST_WEIGHT, Array
 from stream_em.schedules import LEAST_SHARE
 from stream_em.schema import LARGEST_COUNT
 
@@ -31,7 +32,7 @@ VECTOR = types.Array(types.float64, 1, "C")
 N_COMPONENTS, N_FIELDS, N_FACTORS, HARD = 0, 1, 2, 3
 EVENT, KINDS, SHARES, WEIGHTS, NORMALIZERS, WORK = 4, 5, 6, 7, 8, 9
 SCALE, PRIOR_WEIGHT, STATE_WEIGHT, LOG_LIKELIHOOD, N_EVENTS, TOTAL_WEIGHT, N_UPDATES = 10, 11, 12, 13, 14, 15, 16
-BATCH_SIZE, SCHEDULE, ALPHA, OFFSET, SPAN, WINNER = 17, 18, 19, 20, 21, 22
+BATCH_SIZE, SCHEDULE, ALPHA, OFFSET, SPAN, WINNER, LOG_PROB = 17, 18, 19, 20, 21, 22, 23
 HEADER = 24
 
 # Slots of a factor's row. What a family has no use for stays 0.
@@ -40,6 +41,11 @@ WEIGHT, MEAN, SCATTER = 4, 5, 6
 LOCATION, SPREAD, FACTOR, ROOT, CONSTANT = 7, 8, 9, 10, 11
 POOLED_WEIGHT, POOLED_MEAN, POOLED_SCATTER, REGULARIZATION = 12, 13, 14, 15
 ROW = 16
+
+# The same slots, by what other families keep there.
+PRECISION = ROOT
+SLOPE, INTERCEPT = FACTOR, ROOT
+CODES = CONSTANT
 
 CATEGORICAL, BERNOULLI, POISSON, EXPONENTIAL, DIAGONAL, SPHERICAL, TIED, FULL = range(8)
 NUMERIC, CATEGORY, FLAG, COUNT, DURATION = range(5)
@@ -51,7 +57,10 @@ SMALLEST_SCALE = 1e-100
 
 # Fields that tell which component to try first.
 N_GLANCED = 3
-LARGEST_LOG_DENSITY = 1e300
+
+SMALLEST_CHANCE, LARGEST_CHANCE = Bernoulli.mean_range
+SMALLEST_RATE, LARGEST_RATE = Poisson.mean_range
+SMALLEST_DURATION, LARGEST_DURATION = Exponential.mean_range
 
 # Positions are unsigned, so that no access has to look for a negative index.
 at = np.uint64
@@ -263,7 +272,7 @@ def _add_separate(state: Array, row: int) -> None:
     """Add a factor's log-density to that of each component, but for the constants; fields may be missing."""
     shares, size = int(state[SHARES]), int(state[row + SIZE])
     value = int(state[EVENT]) + int(state[row + FIRST])
-    location, precision = int(state[row + LOCATION]), int(state[row + ROOT])
+    location, precision = int(state[row + LOCATION]), int(state[row + PRECISION])
     for component in range(int(state[N_COMPONENTS])):
         squares = 0.0
         for i in range(size):
@@ -279,7 +288,7 @@ def _add_separate(state: Array, row: int) -> None:
 def _add_means(state: Array, row: int) -> None:
     shares, size = int(state[SHARES]), int(state[row + SIZE])
     value = int(state[EVENT]) + int(state[row + FIRST])
-    slope, intercept = int(state[row + FACTOR]), int(state[row + ROOT])
+    slope, intercept = int(state[row + SLOPE]), int(state[row + INTERCEPT])
     for component in range(int(state[N_COMPONENTS])):
         density = 0.0
         for i in range(size):
@@ -293,7 +302,7 @@ def _add_means(state: Array, row: int) -> None:
 @compiled
 def _add_categories(state: Array, row: int) -> None:
     shares, size, n_codes = int(state[SHARES]), int(state[row + SIZE]), int(state[row + N_CODES])
-    value, codes = int(state[EVENT]) + int(state[row + FIRST]), int(state[row + CONSTANT])
+    value, codes = int(state[EVENT]) + int(state[row + FIRST]), int(state[row + CODES])
     for component in range(int(state[N_COMPONENTS])):
         start = int(state[row + LOCATION]) + component * n_codes
         # One logarithm of the product, unless that would leave the range of doubles.
@@ -480,7 +489,7 @@ def _absorb_sums(state: Array, value: int, size: int, weight: int, total: int, n
 
 @compiled
 def _absorb_codes(state: Array, row: int, counts: int, new: float) -> None:
-    value, codes = int(state[EVENT]) + int(state[row + FIRST]), int(state[row + CONSTANT])
+    value, codes = int(state[EVENT]) + int(state[row + FIRST]), int(state[row + CODES])
     for i in range(int(state[row + SIZE])):
         code = state[at(value + i)]
         if not math.isnan(code):
@@ -570,9 +579,9 @@ def _pooled_variance(state: Array, row: int, field: int) -> float:
     mean = state[at(int(state[row + POOLED_MEAN]) + field)]
     weight = max(state[at(int(state[row + POOLED_WEIGHT]) + field)], SMALLEST_WEIGHT)
     variance = state[at(int(state[row + POOLED_SCATTER]) + field)] / weight
-    if variance <= max(256.0 * EPSILON * EPSILON * mean * mean, SMALLEST_VARIANCE):
+    if variance <= max(ROUNDING_OF_SQUARES * mean * mean, SMALLEST_VARIANCE):
         unit = mean if abs(mean) > math.sqrt(SMALLEST_VARIANCE) else 1.0
-        return (1e-3 * unit) ** 2
+        return (CONSTANT_DEVIATION * unit) ** 2
     return variance
 
 
@@ -601,7 +610,7 @@ def _maximize_full(state: Array, row: int, component: int, pseudo: float) -> boo
 
 
 @compiled
-def _maximize_tied(state: Array, row: int, weight: float, pseudo: float, everything: bool) -> bool:
+def _maximize_tied(state: Array, row: int, pseudo: float, everything: bool) -> bool:
     """M-step of a tied covariance, which every event changes, and of the means that are due."""
     n_components, weights, shares = int(state[N_COMPONENTS]), int(state[WEIGHTS]), int(state[SHARES])
     size, deviation = int(state[row + SIZE]), int(state[WORK])
@@ -618,7 +627,7 @@ def _maximize_tied(state: Array, row: int, weight: float, pseudo: float, everyth
         mean, location = int(state[row + MEAN]) + start, int(state[row + LOCATION]) + start
         seen = state[at(weights + component)]
         share = seen / (seen + pseudo)
-        due = everything or (weight > 0.0 and state[at(shares + component)] > LEAST_SHARE)
+        due = everything or state[at(shares + component)] > LEAST_SHARE
         for i in range(size):
             state[at(deviation + i)] = state[at(mean + i)] - state[at(pooled_mean + i)]
             if due:
@@ -671,8 +680,10 @@ def _pooled_expectation(state: Array, row: int, field: int) -> float:
 @compiled
 def _within_range(mean: float, kind: int) -> float:
     if kind == BERNOULLI:
-        return min(max(mean, 1e-12), 1.0 - 1e-12)
-    return min(max(mean, 1e-12 if kind == POISSON else 1e-100), LARGEST_VALUE)
+        return min(max(mean, SMALLEST_CHANCE), LARGEST_CHANCE)
+    if kind == POISSON:
+        return min(max(mean, SMALLEST_RATE), LARGEST_RATE)
+    return min(max(mean, SMALLEST_DURATION), LARGEST_DURATION)
 
 
 @compiled
@@ -689,7 +700,7 @@ def _maximize_mean(state: Array, row: int, component: int, pseudo: float) -> Non
 
 @compiled
 def _maximize_category(state: Array, row: int, component: int, pseudo: float) -> None:
-    n_codes, codes = int(state[row + N_CODES]), int(state[row + CONSTANT])
+    n_codes, codes = int(state[row + N_CODES]), int(state[row + CODES])
     counts, probability = int(state[row + MEAN]), int(state[row + LOCATION])
     counts, probability = counts + component * n_codes, probability + component * n_codes
     pooled, scale = int(state[row + POOLED_MEAN]), state[SCALE]
@@ -724,7 +735,7 @@ def _prepare_joint(state: Array, row: int, component: int) -> bool:
 def _prepare_separate(state: Array, row: int, component: int) -> None:
     size, start = int(state[row + SIZE]), component * int(state[row + SIZE])
     spread, constant = int(state[row + SPREAD]) + start, int(state[row + CONSTANT]) + start
-    precision = int(state[row + ROOT]) + start
+    precision = int(state[row + PRECISION]) + start
     for i in range(size):
         state[at(precision + i)] = 1.0 / state[at(spread + i)]
         state[at(constant + i)] = -0.5 * (LOG_TWO_PI + math.log(state[at(spread + i)]))
@@ -733,8 +744,8 @@ def _prepare_separate(state: Array, row: int, component: int) -> None:
 @compiled
 def _prepare_mean(state: Array, row: int, component: int) -> None:
     size, kind, start = int(state[row + SIZE]), int(state[row + KIND]), component * int(state[row + SIZE])
-    location, slope = int(state[row + LOCATION]) + start, int(state[row + FACTOR]) + start
-    intercept = int(state[row + ROOT]) + start
+    location, slope = int(state[row + LOCATION]) + start, int(state[row + SLOPE]) + start
+    intercept = int(state[row + INTERCEPT]) + start
     for i in range(size):
         mean = state[at(location + i)]
         if kind == BERNOULLI:
@@ -762,7 +773,7 @@ def _normalize(state: Array, component: int) -> None:
 
 
 @compiled
-def _maximize(state: Array, weight: float, everything: bool, general: Any) -> bool:
+def _maximize(state: Array, everything: bool, general: Any) -> bool:
     """M-step of the components that are due; return whether every covariance could be factorized."""
     n_components, shares = int(state[N_COMPONENTS]), int(state[SHARES])
     pseudo = state[PRIOR_WEIGHT] / state[SCALE]
@@ -772,9 +783,9 @@ def _maximize(state: Array, weight: float, everything: bool, general: Any) -> bo
             row = HEADER + index * ROW
             if int(state[row + KIND]) == TIED:
                 tied = True
-                safe &= _maximize_tied(state, row, weight, pseudo, everything)
+                safe &= _maximize_tied(state, row, pseudo, everything)
     for component in range(n_components):
-        due = everything or (weight > 0.0 and state[at(shares + component)] > LEAST_SHARE)
+        due = everything or state[at(shares + component)] > LEAST_SHARE
         if due:
             for index in range(int(state[N_FACTORS])):
                 row = HEADER + index * ROW
@@ -838,7 +849,7 @@ def step(state: Array, weight: float, gaps: Any, general: Any) -> float:
     state
         The vector, with the event in its place.
     weight
-        Weight of the event, >= 0; where it is negative the event is only scored.
+        Weight of the event; where it is 0 or less the event is only scored.
     gaps, general
         None, or any number: whether values may be missing, and whether there are factors other than Gaussians
         with full covariances. Where they are None, the code for them is not even compiled.
@@ -854,8 +865,10 @@ def step(state: Array, weight: float, gaps: Any, general: Any) -> float:
     if not _usable(state, gaps):
         return np.nan
     log_prob = _expect(state, gaps, general)
-    if weight < 0.0 or math.isnan(log_prob):
+    if weight <= 0.0 or math.isnan(log_prob):
         return log_prob
+    # For the caller, who is told of a failed M-step instead.
+    state[LOG_PROB] = log_prob
     told = log_prob
     if state[HARD] != 0.0:
         told = _harden(state, log_prob)
@@ -865,14 +878,13 @@ def step(state: Array, weight: float, gaps: Any, general: Any) -> float:
     if scale < SMALLEST_SCALE:
         return np.nan
     state[SCALE] = scale
-    if weight > 0.0:
-        _absorb(state, weight / scale, gaps, general)
+    _absorb(state, weight / scale, gaps, general)
     whole_batch = math.floor(n_events / state[BATCH_SIZE]) > math.floor(state[N_EVENTS] / state[BATCH_SIZE])
     state[STATE_WEIGHT] = retention * state[STATE_WEIGHT] + weight
     state[LOG_LIKELIHOOD] = retention * state[LOG_LIKELIHOOD] + weight * told
     state[N_EVENTS], state[TOTAL_WEIGHT] = n_events, total_weight
     state[N_UPDATES] += 1.0
-    safe = _maximize(state, weight, whole_batch, general)
+    safe = _maximize(state, whole_batch, general)
     if whole_batch:
         _measure_span(state)
     return log_prob if safe else np.inf

@@ -33,6 +33,7 @@ from stream_em.compiled import (
     POOLED_MEAN,
     POOLED_SCATTER,
     POOLED_WEIGHT,
+    PRECISION,
     PRIOR_WEIGHT,
     ROOT,
     ROW,
@@ -58,7 +59,7 @@ from stream_em.compiled import (
     entry_point,
 )
 from stream_em.families.gaussian import LARGEST_SQUARED_OFFSET
-from stream_em.numerics import EPSILON, LOG_RESPONSIBILITY_FLOOR, SMALLEST_WEIGHT, Array
+from stream_em.numerics import EPSILON, LARGEST_LOG_DENSITY, LOG_RESPONSIBILITY_FLOOR, SMALLEST_WEIGHT, Array
 
 MATRIX = types.Array(types.float64, 2, "C")
 
@@ -192,7 +193,7 @@ def _full_coefficients(state: Array, row: int, component: int, theta: Array, sta
 def _separate_coefficients(state: Array, row: int, component: int, theta: Array, start: int) -> float:
     size = int(state[row + SIZE])
     location, center = int(state[row + LOCATION]) + component * size, int(state[row + POOLED_MEAN])
-    precision, constants = int(state[row + ROOT]) + component * size, int(state[row + CONSTANT]) + component * size
+    precision, constants = int(state[row + PRECISION]) + component * size, int(state[row + CONSTANT]) + component * size
     constant, distance = 0.0, 0.0
     for i in range(size):
         offset, inverse = state[at(location + i)] - state[at(center + i)], state[at(precision + i)]
@@ -341,13 +342,17 @@ def _absorb_sums(state: Array, sums: Array) -> None:
                 continue
             new, old = weight * inverse_scale, state[at(weights + component)]
             share = new / (old + new)
-            mean = int(state[row + MEAN]) + component * size
+            mean, own_weight = int(state[row + MEAN]) + component * size, int(state[row + WEIGHT]) + component * size
             for i in range(size):
                 offset = sums[component, linear + i] / weight
                 state[at(delta + i)] = state[at(center + i)] + offset - state[at(mean + i)]
             square = start
             for i in range(size):
                 offset = sums[component, linear + i] / weight
+                if not full:
+                    # Less than the component's where values were missing in the past.
+                    old = state[at(own_weight + i)]
+                    share = new / (old + new)
                 for j in range(i, size if full else i + 1):
                     within = sums[component, square] - offset * sums[component, linear + j]
                     if i == j:
@@ -357,9 +362,10 @@ def _absorb_sums(state: Array, sums: Array) -> None:
                     state[at(int(state[row + SCATTER]) + place)] += within * inverse_scale + between
                     square += 1
             for i in range(size):
-                state[at(mean + i)] += share * state[at(delta + i)]
                 if not full:
-                    state[at(int(state[row + WEIGHT]) + component * size + i)] += new
+                    share = new / (state[at(own_weight + i)] + new)
+                    state[at(own_weight + i)] += new
+                state[at(mean + i)] += share * state[at(delta + i)]
         square = start
         for i in range(size):
             weight, first, second = 0.0, 0.0, 0.0
@@ -500,15 +506,16 @@ def step_block(
     log_likelihood = sum_features(
         theta, left, right, center, values, weight, 0, n_events, log_prob, responsibilities, winners, sums
     )
-    total_weight = float(n_events)
+    n_told, total_weight = float(n_events), float(n_events)
     if len(weight):
-        total_weight = 0.0
+        n_told, total_weight = 0.0, 0.0
         for event in range(n_events):
+            n_told += 1.0 if weight[event] > 0.0 else 0.0
             total_weight += weight[event]
-    seen, all_weight = state[N_EVENTS] + n_events, state[TOTAL_WEIGHT] + total_weight
+    seen, all_weight = state[N_EVENTS] + n_told, state[TOTAL_WEIGHT] + total_weight
     retention = _retention(state, seen, all_weight, total_weight)
     scale = state[SCALE] * retention
-    if not (scale >= SMALLEST_SCALE and total_weight > 0.0 and math.isfinite(log_likelihood)):
+    if not (scale >= SMALLEST_SCALE and total_weight > 0.0 and log_likelihood >= -LARGEST_LOG_DENSITY):
         return np.nan
     if not _keeps_digits(state, sums):
         return np.nan
@@ -521,7 +528,7 @@ def step_block(
     state[N_UPDATES] += 1.0
     for component in range(n_components):
         state[at(int(state[SHARES]) + component)] = sums[component, n_columns - 1] / total_weight
-    safe = _maximize(state, total_weight, whole_batch, general)
+    safe = _maximize(state, whole_batch, general)
     if whole_batch:
         _measure_span(state)
     return log_likelihood if safe else np.inf

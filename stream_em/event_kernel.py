@@ -29,7 +29,7 @@ from stream_em.families.mean_valued import MeanParameters, MeanValued
 from stream_em.models import Mixture, MixtureParameters
 from stream_em.numerics import LARGEST_VALUE, Array, safe_divide
 from stream_em.schedules import LEAST_SHARE, Constant, RobbinsMonro, Schedule
-from stream_em.schema import OTHER, SMALLEST_SAMPLE_WEIGHT, Schema
+from stream_em.schema import OTHER, SMALLEST_SAMPLE_WEIGHT, Schema, _is_missing
 from stream_em.state import State
 from stream_em.statistics import Moments, Part, Statistics, Sums
 
@@ -60,7 +60,7 @@ GAUSSIAN = (compiled.DIAGONAL, compiled.SPHERICAL, *JOINT)
 
 NOTHING: tuple[str, ...] = ()
 
-WINNER = compiled.WINNER
+WINNER, LOG_PROB = compiled.WINNER, compiled.LOG_PROB
 
 # A weight below 0 asks `compiled.step` for the score alone.
 SCORE_ONLY = -1.0
@@ -97,7 +97,7 @@ def _factors(model: Mixture, n_fields: int) -> list[_Factor]:
 
 
 class _Calls(NamedTuple):
-    learn: Callable[..., bool]
+    learn: Callable[..., float | None]
     score: Callable[[Mapping[str, Any]], float | None]
     predict: Callable[[Mapping[str, Any]], int | None]
 
@@ -106,7 +106,7 @@ class _Calls(NamedTuple):
 def _announced() -> Iterator[None]:
     """Say what takes so long, if it does."""
     logger = logging.getLogger("stream_em")
-    message = "compiling the code for single events; this is done once and kept on disk"
+    message = "compiling the code that learns events; this is done once and kept on disk"
     timer = threading.Timer(PATIENCE, logger.warning, (message,))
     timer.daemon = True
     timer.start()
@@ -199,7 +199,7 @@ class EventKernel:
                 compiled.MEAN: codes,
                 compiled.LOCATION: codes,
                 compiled.POOLED_MEAN: codes[1:],
-                compiled.CONSTANT: (size,),
+                compiled.CODES: (size,),
             }
         elif factor.kind in GAUSSIAN:
             tied, joint = factor.kind == compiled.TIED, factor.kind in JOINT
@@ -219,7 +219,7 @@ class EventKernel:
             }
         else:
             shapes = dict.fromkeys(
-                (compiled.WEIGHT, compiled.MEAN, compiled.LOCATION, compiled.FACTOR, compiled.ROOT), each
+                (compiled.WEIGHT, compiled.MEAN, compiled.LOCATION, compiled.SLOPE, compiled.INTERCEPT), each
             )
             shapes |= dict.fromkeys((compiled.POOLED_WEIGHT, compiled.POOLED_MEAN), (size,))
         return {slot: (self._take(math.prod(shape)), shape) for slot, shape in shapes.items()}
@@ -247,7 +247,7 @@ class EventKernel:
                 self.vector[row + slot] = start
             if isinstance(factor.family, Categorical):
                 self.vector[row + compiled.N_CODES] = sum(factor.family.n_codes)
-                self.array(index, compiled.CONSTANT)[:] = factor.family.n_codes
+                self.array(index, compiled.CODES)[:] = factor.family.n_codes
             if isinstance(factor.family, Gaussian):
                 self.vector[row + compiled.REGULARIZATION] = factor.family.reg_covar
             for position in factor.positions.tolist():
@@ -330,8 +330,8 @@ class EventKernel:
                 self.array(index, compiled.POOLED_WEIGHT)[:] = self.array(index, compiled.WEIGHT).sum(axis=0)
                 assert isinstance(factor.family, MeanValued)
                 slope, intercept = factor.family.natural(parameters.mean)
-                self.array(index, compiled.FACTOR)[:] = slope
-                self.array(index, compiled.ROOT)[:] = intercept
+                self.array(index, compiled.SLOPE)[:] = slope
+                self.array(index, compiled.INTERCEPT)[:] = intercept
             return
         constant = self.array(index, compiled.CONSTANT)
         if factor.kind in JOINT:
@@ -341,7 +341,7 @@ class EventKernel:
             self._normalizers += constant
         else:
             spread = self.array(index, compiled.SPREAD)
-            self.array(index, compiled.ROOT)[:] = 1.0 / spread
+            self.array(index, compiled.PRECISION)[:] = 1.0 / spread
             constant[:] = -0.5 * (LOG_TWO_PI + np.log(spread))
             self._normalizers += constant.sum(axis=1)
 
@@ -429,6 +429,7 @@ class EventKernel:
         fields = [self.schema.fields[position] for position in order]
         self._width = len(fields)
         self._names = tuple(one.name for one in fields)
+        self._known_names = frozenset(self._names)
         getter = itemgetter(*self._names)
         self._getter = getter if self._width > 1 else lambda event: (getter(event),)
         self._categories = [(place, one) for place, one in enumerate(fields) if one.kind == "category"]
@@ -440,11 +441,11 @@ class EventKernel:
         self._offset = int(self.vector[compiled.EVENT]) * self.vector.itemsize
 
     @cached_property
-    def learn(self) -> Callable[..., bool]:
-        """Function of an event and, optionally, its weight that learns; it returns whether that was possible.
+    def learn(self) -> Callable[..., float | None]:
+        """Function of an event and, optionally, its weight that learns; it returns log p(event) as it was before.
 
-        It is not when the event cannot be used as it is, or makes the schema grow. Nothing has changed then, and
-        the learner's own path says what is wrong, or takes the event.
+        None when the event cannot be used as it is, or makes the schema grow. Nothing has changed then, and the
+        learner's own path says what is wrong, or takes the event.
         """
         return self._calls.learn
 
@@ -488,17 +489,17 @@ class EventKernel:
                 return False
             return True
 
-        def learn(event: Mapping[str, Any], weight: float = 1.0) -> bool:
+        def learn(event: Mapping[str, Any], weight: float = 1.0) -> float | None:
             ignored = NOTHING if encode(event) else encode_with_gaps(event, True)
             if ignored is None:
-                return False
+                return None
             if weight != 1.0 and not (weight == 0.0 or SMALLEST_SAMPLE_WEIGHT <= weight <= LARGEST_VALUE):
-                return False
-            log_prob = step(vector, weight, None, general)
-            learned = log_prob < infinity or learn_otherwise(log_prob, weight)
-            if ignored and learned:
+                return None
+            told = step(vector, weight, None, general)
+            log_prob = told if told < infinity else learn_otherwise(told, weight)
+            if ignored and log_prob is not None:
                 ignored_fields.update(ignored)
-            return learned
+            return log_prob
 
         def score(event: Mapping[str, Any]) -> float | None:
             if not encode(event) and encode_with_gaps(event, False) is None:
@@ -520,10 +521,12 @@ class EventKernel:
 
         Return the names of fields that are ignored, None when the event cannot be used without growing the schema.
         """
-        extra = [name for name in event if name not in self._names]
-        if extra and (self.schema.unknown == "refuse" or (learning and self.schema.unknown == "add")):
+        extra = [name for name in event if name not in self._known_names]
+        if extra and (self.schema.unknown == "refuse" or not all(isinstance(name, str) for name in extra)):
             return None
-        if not all(isinstance(name, str) for name in extra):
+        # A field that holds nothing is as good as absent.
+        extra = [name for name in extra if not _is_missing(event[name])]
+        if extra and learning and self.schema.unknown == "add":
             return None
         values = [math.nan if (value := event.get(name)) is None else value for name in self._names]
         try:
@@ -549,24 +552,25 @@ class EventKernel:
         log_prob = self._step_with_gaps(self.vector, SCORE_ONLY, 0.0, self.general)
         return None if math.isnan(log_prob) else log_prob
 
-    def _learn_otherwise(self, log_prob: float, weight: float) -> bool:
-        """Go on where the usual step did not take the event, or could not finish the M-step."""
+    def _learn_otherwise(self, log_prob: float, weight: float) -> float | None:
+        """Go on where the usual step did not take the event, or could not finish the M-step; return log p or None."""
         if math.isnan(log_prob):
             if self.vector[compiled.SCALE] < LEAST_SCALE:
                 self._pack(self._unpack())
             log_prob = self._step_with_gaps(self.vector, weight, 0.0, self.general)
         if log_prob == math.inf:
-            self.repair(weight, 1)
-        return not math.isnan(log_prob)
+            log_prob = float(self.vector[LOG_PROB])
+            self.repair(1)
+        return None if math.isnan(log_prob) else log_prob
 
-    def repair(self, weight: float, n_events: int) -> None:
-        """Take the M-step of the last update, of so many events, in NumPy, which can repair covariances."""
+    def repair(self, n_events: int) -> None:
+        """Take the M-step of the last update, of so many events with weight, in NumPy, which can repair covariances."""
         state, shares = self._unpack(), self._shares.copy()
         assert state.statistics is not None
         assert state.iterate is not None
         kept = None
         if state.n_events // self._batch_size == (state.n_events - n_events) // self._batch_size:
-            kept = state.iterate, ~(weight * shares > LEAST_SHARE * weight)
+            kept = state.iterate, ~(shares > LEAST_SHARE)
         self._pack(replace(state, iterate=self.model.m_step(state.statistics, kept=kept)))
 
     @cached_property

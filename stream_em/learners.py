@@ -190,10 +190,12 @@ class FittedMixture:
         Raises
         ------
         SchemaError
-            When a field is unknown, a value is missing or of another kind, or no field is left.
+            When no field is given or left, one is unknown, or a value is missing or of another kind.
 
         """
         schema, bound = self._known_schema(), self._bound_model()
+        if not given:
+            raise SchemaError("no field is given to condition on")
         at = np.array(sorted(schema.position(name) for name in given), dtype=np.intp)
         if len(at) == len(schema):
             raise SchemaError("all fields are given: none is left for the conditional distribution")
@@ -280,8 +282,8 @@ class OnlineEM(FittedMixture):
 
     Notes
     -----
-    A learner is not locked: one thread may update it at a time, and scores taken meanwhile may be of either
-    state. Give each thread a `fork`, or hold a lock.
+    A learner is not locked, and a score taken during an update may be of neither state. Where threads share one, hold
+    a lock for both; or give each thread a `fork`.
 
     Attributes
     ----------
@@ -325,14 +327,12 @@ class OnlineEM(FittedMixture):
     ) -> None:
         check_whole(batch_size=batch_size, warm_up=1 if warm_up is None else warm_up, first_m_step=first_m_step)
         check_whole(least=0, seed=seed)
-        if not isinstance(schedule, Schedule | None):
-            raise ValueError(f"schedule must be Harmonic(), RobbinsMonro(), Constant() or HalfLife(), got {schedule!r}")
         if unknown not in UNKNOWN_POLICIES:
             raise ValueError(f"unknown={unknown!r}, expected one of {', '.join(UNKNOWN_POLICIES)}")
         if initial_parameters is not None and schema is None:
             raise ValueError("initial_parameters need the schema they are for")
         super().__init__(model, initial_parameters, schema)
-        self._schedule: Schedule = RobbinsMonro() if schedule is None else schedule
+        self._schedule: Schedule = _checked(RobbinsMonro() if schedule is None else schedule)
         self.unknown: Literal["refuse", "ignore", "add"] = unknown
         self._batch_size = batch_size
         self.warm_up = max(200, 20 * model.n_components) if warm_up is None else warm_up
@@ -367,18 +367,25 @@ class OnlineEM(FittedMixture):
         state = self._state
         # What was worked out to answer during the warm-up is no part of what was learned.
         parameters = None if state.iterate is None else self._parameters
-        return dict(self.__dict__, _known=state, _kernel=None, _parameters=parameters)
+        return dict(self.__dict__, _known=state, _kernel=None, _parameters=parameters, _compiles=True)
 
     @property
     def schedule(self) -> Schedule:
-        """Step sizes; they can be changed at any time."""
+        """Step sizes; they can be changed at any time, but in the warm-up not to `HalfLife`, which needs its times."""
         return self._schedule
 
     @schedule.setter
     def schedule(self, schedule: Schedule) -> None:
+        half_life = _checked(schedule).half_life
+        if half_life is not None and any(batch.time is None for batch in self._buffer):
+            raise ValueError("the events kept aside for the warm-up have no times: set HalfLife after finish_warm_up()")
         self._schedule = schedule
         # The kernel has a copy; what it has learned is taken over before it is dropped.
-        self._state = self._state
+        state = self._state
+        if state.statistics is not None:
+            time = None if half_life is None else state.statistics.time
+            state = replace(state, statistics=replace(state.statistics, half_life=half_life, time=time))
+        self._state = state
 
     @property
     def batch_size(self) -> int:
@@ -393,7 +400,7 @@ class OnlineEM(FittedMixture):
 
     @property
     def n_events(self) -> int:
-        """Events learned."""
+        """Events learned; those of weight 0 are not."""
         return self._known.n_events if self._kernel is None else self._kernel.n_events
 
     @property
@@ -405,6 +412,11 @@ class OnlineEM(FittedMixture):
     def warming_up(self) -> bool:
         """Whether the first parameters are still to come."""
         return self._known.iterate is None
+
+    @property
+    def warm_up_left(self) -> int:
+        """Events with weight that are still to come before the first parameters; 0 after the warm-up."""
+        return max(0, self.warm_up - sum(one.n_events for one in self._buffer)) if self.warming_up else 0
 
     @property
     def parameters(self) -> MixtureParameters:
@@ -431,8 +443,9 @@ class OnlineEM(FittedMixture):
         on_error: Literal["raise", "collect"] = "raise",
         extend: bool = False,
     ) -> Batch:
-        if isinstance(events, Batch) and weight is None and time is None:
-            return events
+        if isinstance(events, Batch):
+            # It may be of an earlier or later state of the schema, which learning and scoring adapt to.
+            return events.schema.encode(events, weight, time)
         schema = self._schema
         if schema is None:
             # A stream is read by the inference, so it must be kept for the encoding.
@@ -460,7 +473,7 @@ class OnlineEM(FittedMixture):
         """
         if type(events) is dict and time is None and isinstance(weight, float | int | None):
             kernel = self.kernel()
-            if kernel is not None and kernel.learn(events, 1.0 if weight is None else weight):
+            if kernel is not None and kernel.learn(events, 1.0 if weight is None else weight) is not None:
                 return self
         self._learn(self.encode(events, weight, time, extend=True), None)
         return self
@@ -476,16 +489,12 @@ class OnlineEM(FittedMixture):
     def _kernel_with(self, part: str, has_form: Callable[[Mixture, Schedule], bool]) -> EventKernel | None:
         """Return the kernel once a part of it is compiled, None where there is no compiled form or no way to it."""
         kernel = self._kernel
+        if self.averaging:
+            return None
         if kernel is not None and part in kernel.__dict__:
             return kernel
         state, bound, schema = self._known, self._bound, self._schema
-        if (
-            bound is None
-            or schema is None
-            or not self._compiles
-            or self.averaging
-            or not has_form(bound, self.schedule)
-        ):
+        if bound is None or schema is None or not self._compiles or not has_form(bound, self.schedule):
             return None
         if kernel is None and (state.statistics is None or not state.n_updates or self._unseen):
             return None
@@ -552,9 +561,12 @@ class OnlineEM(FittedMixture):
         restore = None if self._kernel is None else self._kernel.checkpoint()
         try:
             batch, bound = self._accept(batch)
+            for one in (*self._buffer, batch):
+                bound.check(one)
             start = 0
             while start < batch.n_events:
-                room = self.warm_up - sum(one.n_events for one in self._buffer) if self.warming_up else self.batch_size
+                # None is left where `warm_up` was lowered meanwhile: the next event is the last.
+                room = max(1, self.warm_up_left) if self.warming_up else self.batch_size
                 stop = min(start + min(room, self.batch_size), batch.n_events)
                 piece = batch if stop - start == batch.n_events else batch.select(slice(start, stop))
                 if self.warming_up:
@@ -606,7 +618,7 @@ class OnlineEM(FittedMixture):
             self._buffer.append(concatenate([told]))
         self._parameters = None
         self._count(piece)
-        if sum(one.n_events for one in self._buffer) >= self.warm_up:
+        if self.warm_up_left <= 0:
             self.finish_warm_up()
 
     def finish_warm_up(self) -> None:
@@ -627,8 +639,10 @@ class OnlineEM(FittedMixture):
         start = seed_parameters(self.model, seen, np.random.default_rng(self.seed))
         statistics = self._expected(bound, start, seen, None)
         self._parameters = bound.m_step(statistics)
-        self._state = replace(self._state, statistics=statistics, iterate=self._parameters)
-        self._unseen = tuple(np.flatnonzero(np.isnan(seen.values).all(axis=1)).tolist())
+        self._state = replace(self._state, statistics=statistics, iterate=self._parameters, n_updates=1)
+        # What is known of fields that depend on no other needs no settling once these come.
+        unseen = np.isnan(seen.values).all(axis=1) & bound.family.joint_fields(len(seen.values))
+        self._unseen = tuple(np.flatnonzero(unseen).tolist())
         self.origin = _origin(start)
         self._buffer = []
 
@@ -655,18 +669,20 @@ class OnlineEM(FittedMixture):
         state = self._state
         self._state = replace(
             state,
-            n_events=state.n_events + piece.n_events,
+            n_events=state.n_events + _n_told(piece),
             total_weight=state.total_weight + piece.total_weight,
         )
 
     def _step(self, bound: Mixture, piece: Batch, predictions: list[Prediction] | None) -> None:
         if self._step_compiled(piece, predictions):
             return
-        if self._unseen:
+        if self._unseen and _n_told(piece):
             self._settle(bound, piece)
         state = self._state
         assert state.iterate is not None
         new = self._expected(bound, state.iterate, piece, predictions)
+        if not _n_told(piece):
+            return
         self._count(piece)
         n_events, total_weight = self._state.n_events, self._state.total_weight
         statistics = new
@@ -676,7 +692,7 @@ class OnlineEM(FittedMixture):
                 n_events / self.batch_size, total_weight, piece.total_weight, statistics.total_weight
             )
             statistics = (statistics if retention == 1.0 else statistics.scale(retention)).merge(new)
-        if n_events < self.first_m_step:
+        if not state.n_updates and n_events < self.first_m_step:
             self._state = replace(self._state, statistics=statistics)
             return
         kept = None
@@ -687,7 +703,7 @@ class OnlineEM(FittedMixture):
         self._state = State(statistics, iterate, n_events, total_weight, state.n_updates + 1)
         if self.averaging:
             self._average = self._average.include(iterate, self._state.n_updates)
-        self._parameters = self._average.value if self.averaging else iterate
+        self._parameters = self._average.reported if self.averaging else iterate
 
     def _step_compiled(self, piece: Batch, predictions: list[Prediction] | None) -> bool:
         """Take the step in compiled code, where there is some; return whether it was taken."""
@@ -833,12 +849,23 @@ class OnlineEM(FittedMixture):
         if self.warming_up or self.statistics is not None:
             raise ValueError("only a learner with initial parameters that has learned nothing yet can resume a fit")
         self._state = replace(
-            self._state, statistics=statistics, n_events=n_events, total_weight=statistics.total_weight
+            self._state, statistics=statistics, n_events=n_events, total_weight=statistics.total_weight, n_updates=1
         )
         return self
 
     def _like(self, **more: Any) -> Self:
         return type(self)(self.model, **{name: getattr(self, name) for name in self.OPTIONS}, **more)
+
+
+def _checked(schedule: Schedule) -> Schedule:
+    if not isinstance(schedule, Schedule):
+        raise ValueError(f"schedule must be Harmonic(), RobbinsMonro(), Constant() or HalfLife(), got {schedule!r}")
+    return schedule
+
+
+def _n_told(batch: Batch) -> int:
+    """Return how many events have weight: the others say nothing, and move no clock."""
+    return batch.n_events if batch.weight is None else int(np.count_nonzero(batch.weight))
 
 
 class Iteration(NamedTuple):
@@ -924,7 +951,16 @@ def iterations(
 def _expected_of_all(
     bound: Mixture, parameters: MixtureParameters, batches: Iterable[Batch], n_threads: int
 ) -> Statistics:
-    return reduce(Statistics.merge, (bound.e_step(parameters, batch, n_threads=n_threads) for batch in batches))
+    total: Statistics | None = None
+    for batch in batches:
+        statistics = bound.e_step(parameters, batch, n_threads=n_threads)
+        total = statistics if total is None else total.merge(statistics)
+    if total is None:
+        raise SchemaError(
+            "the events could be read only once, and batch EM needs several passes; pass a function that returns a "
+            "fresh iterator each time"
+        )
+    return total
 
 
 @dataclass(frozen=True, eq=False)
@@ -1107,7 +1143,7 @@ class BatchEM(FittedMixture):
         EventError, SchemaError
             When an event or a frame cannot be used.
         NotFittedError
-            When there is no event.
+            When there is no event with weight.
 
         """
         batches, sample, n_events, ignored_fields = self._read(events, weight)
@@ -1162,14 +1198,15 @@ class BatchEM(FittedMixture):
         if source is None:
             events = in_memory(events)
             batch = (Schema.infer(events) if schema is None else schema).encode(events, weight, extend=True)
-            if batch.n_events == 0:
-                raise NotFittedError("there is no event to fit")
+            if not _n_told(batch):
+                raise NotFittedError("there is no event with weight to fit")
             whole = Batch(np.ascontiguousarray(batch.values), batch.schema, batch.weight)
+            self.model.bind(whole.schema).check(whole)
             reservoir.add(whole)
             return lambda: iter((whole,)), reservoir.sample(), whole.n_events, Counter(batch.ignored_fields)
         if weight is not None:
             raise SchemaError("sample weights of batches that are read come with each batch: encode it with its weight")
-        n_events = 0
+        n_events = n_told = 0
         ignored_fields: Counter[str] = Counter()
         for chunk in source():
             if isinstance(chunk, Batch):
@@ -1177,11 +1214,13 @@ class BatchEM(FittedMixture):
             else:
                 batch = (Schema.infer(chunk) if schema is None else schema).encode(chunk, extend=True)
             schema = batch.schema
+            self.model.bind(schema).check(batch)
             n_events += batch.n_events
+            n_told += _n_told(batch)
             ignored_fields.update(batch.ignored_fields)
             reservoir.add(batch)
-        if n_events == 0 or schema is None:
-            raise NotFittedError("there is no event to fit")
+        if n_told == 0 or schema is None:
+            raise NotFittedError("there is no event with weight to fit")
         known = schema
 
         def again() -> Iterator[Batch]:
@@ -1236,10 +1275,6 @@ class _Average:
     n_reported: int = 0
     running: MixtureParameters | None = None
     n_running: int = 0
-
-    @property
-    def value(self) -> MixtureParameters | None:
-        return self.reported
 
     def include(self, parameters: MixtureParameters, update: int) -> _Average:
         reported, n_reported, running, n_running = self.reported, self.n_reported, self.running, self.n_running

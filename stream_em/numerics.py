@@ -25,6 +25,10 @@ SMALLEST_WEIGHT = 1e-300
 # Largest magnitude whose square, and the sum of 1e100 such squares, is still a finite double.
 LARGEST_VALUE = 1e100
 
+# Beyond this an event is equally impossible under every component. Weights are at most `LARGEST_VALUE`, so that sums
+# of log-densities, weighted, are finite doubles.
+LARGEST_LOG_DENSITY = 1e200
+
 # A pivot below this share of its variance means that rounding, not data, decides the covariance.
 SMALLEST_RELATIVE_PIVOT = 1e-13
 
@@ -128,7 +132,9 @@ def _cholesky_with_jitter(covariance: Array) -> tuple[Array, Array]:
                 raise NumericalError(f"covariance {index} is not finite: {matrix.tolist()}")
             # Nothing of the correlations is left but rounding.
             candidate = factor = np.eye(dimension)
-        matrices[index] = candidate * unit * unit[:, None]
+        if jitter:
+            # What is well-defined stays as it is, to the last bit.
+            matrices[index] = candidate * unit * unit[:, None]
         factors[index] = factor * unit[:, None]
     return matrices.reshape(covariance.shape), factors.reshape(covariance.shape)
 

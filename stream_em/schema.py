@@ -528,7 +528,7 @@ class Schema:
                     Field(name, _kind_of_column(name, table.schema.field(name).type)) for name in unknown
                 )
             else:
-                ignored.update(dict.fromkeys(unknown, table.num_rows))
+                ignored.update({name: table.num_rows - table.column(name).null_count for name in unknown})
         fields = list(schema.fields)
         values = np.empty((len(fields), table.num_rows))
         for row, one in enumerate(fields):
@@ -590,7 +590,7 @@ class Schema:
                             new[name] = Field(name, _kind_of_value(index, name, event[name]))
                         except EventError as error:
                             errors.setdefault(index, error)
-                else:
+                elif not _is_missing(event[name]):
                     ignored[name] = ignored.get(name, 0) + 1
         return self._with_fields(new[name] for name in sorted(new)) if new else self
 

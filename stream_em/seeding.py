@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
 from stream_em.models.mixture import Mixture, MixtureParameters
 from stream_em.numerics import Array, safe_divide
-from stream_em.schema import Batch
+from stream_em.schema import Batch, Schema
 
 # Directions whose share of the total variance is smaller are rounding, not structure; whitening would
 # blow them up to the size of the others.
@@ -23,7 +24,7 @@ class Reservoir:
     capacity
         Number of events kept.
     generator
-        Source of randomness.
+        Source of randomness, by default one of its own.
 
     >>> from stream_em import Schema
     >>> reservoir = Reservoir(2, np.random.default_rng(0))
@@ -35,19 +36,62 @@ class Reservoir:
 
     """
 
-    def __init__(self, capacity: int, generator: np.random.Generator) -> None:
+    def __init__(self, capacity: int, generator: np.random.Generator | None = None) -> None:
         self.capacity = capacity
-        self._generator = generator
+        self._generator = np.random.default_rng() if generator is None else generator
         self._batches: list[Batch] = []
         self._keys = np.empty(0)
         self._complete = True
 
     def add(self, batch: Batch) -> None:
-        """Offer a batch to the sample."""
+        """Offer a batch to the sample; events without weight are left out."""
+        if batch.weight is not None:
+            batch = batch.select(np.flatnonzero(batch.weight))
         drawn = np.log(self._generator.random(batch.n_events))
         if batch.weight is not None:
             with np.errstate(divide="ignore", over="ignore"):
                 drawn = drawn / batch.weight
+        self._offer(drawn, batch)
+
+    def merge(self, other: Reservoir) -> Reservoir:
+        """Return the sample of the events of both, whose generators are not the same; neither is changed.
+
+        Whatever the order in which samples are merged, the same events stay.
+
+        >>> from stream_em import Schema
+        >>> batch = Schema({"x": "numeric"}).encode(np.arange(4.0)[:, None])
+        >>> halves = [Reservoir(2, np.random.default_rng(half)) for half in range(2)]
+        >>> for half in halves:
+        ...     half.add(batch)
+        >>> halves[0].merge(halves[1]).sample().n_events
+        2
+
+        """
+        merged = Reservoir(self.capacity, self._generator)
+        merged._batches, merged._keys = self._batches, self._keys
+        merged._complete = self._complete and other._complete
+        if other._batches:
+            merged._offer(other._keys, concatenate(other._batches))
+        return merged
+
+    def arrays(self) -> dict[str, Array]:
+        """Return the events of the sample and the keys by which they stay, for coders."""
+        if not self._batches:
+            return {}
+        batch = concatenate(self._batches)
+        weight = {} if batch.weight is None else {"weight": batch.weight}
+        return {"values": batch.values, "keys": self._keys, "complete": np.array([float(self._complete)]), **weight}
+
+    @classmethod
+    def from_arrays(cls, capacity: int, schema: Schema, arrays: Mapping[str, Array]) -> Reservoir:
+        """Return the sample that `arrays` was called on."""
+        reservoir = cls(capacity)
+        if arrays:
+            reservoir._batches = [Batch(arrays["values"], schema, arrays.get("weight"))]
+            reservoir._keys, reservoir._complete = arrays["keys"], bool(arrays["complete"][0])
+        return reservoir
+
+    def _offer(self, drawn: Array, batch: Batch) -> None:
         if batch.n_events > self.capacity:
             # No more than that can stay; the others need not be copied.
             entering = np.sort(np.argpartition(-drawn, self.capacity - 1)[: self.capacity])
@@ -66,12 +110,14 @@ class Reservoir:
             self._complete = False
         self._keys, self._batches = keys, [kept]
 
-    def sample(self) -> Batch:
-        """Return the events of the sample.
+    def sample(self, *, shuffled: bool = False) -> Batch:
+        """Return the events of the sample, in the order in which they came or, `shuffled`, in one of chance.
 
         Once events had to be left out those kept count alike, since heavy events were drawn more often.
         """
         batch = concatenate(self._batches)
+        if shuffled:
+            batch = batch.select(np.argsort(-self._keys, kind="stable"))
         return Batch(batch.values, batch.schema, batch.weight if self._complete else None)
 
 
@@ -136,7 +182,11 @@ def seed(
         points = standardized if start % 2 else whitened
         if start >= n_starts - n_starts // 4:
             points = whitened @ separating_direction(whitened, weight, generator)
-        parameters = bound.initialize(batch, k_means_responsibilities(points, weight, model.n_components, generator))
+        # Components that are no clusters have starts of their own, every other time.
+        first = None if start % 2 else bound.family.start(batch.values, weight, model.n_components, generator)
+        if first is None:
+            first = k_means_responsibilities(points, weight, model.n_components, generator)
+        parameters = bound.initialize(batch, first)
         prior = None
         objective = -math.inf
         for _ in range(n_iterations):

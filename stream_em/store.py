@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from stream_em.arrays import ROWS, Arrays, columns_of, from_rows, to_rows
 from stream_em.families import family_from_specification, specification_of_family
-from stream_em.learners import BatchEM, OnlineEM, _Average
+from stream_em.learners import BatchEM, BatchRun, OnlineEM, _Average
 from stream_em.models import Mixture, MixtureParameters
 from stream_em.schedules import Constant, HalfLife, Harmonic, RobbinsMonro, Schedule
 from stream_em.schema import Batch, Field, Schema
@@ -111,7 +111,12 @@ def load(path: str | os.PathLike[str]) -> Learner:
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the `metadata` that was saved with a snapshot."""
-    header, _ = _read(Path(path).read_bytes(), str(path))
+    return metadata_from_bytes(Path(path).read_bytes(), source=str(path))
+
+
+def metadata_from_bytes(content: bytes, *, source: str = "snapshot") -> dict[str, Any]:
+    """Return the `metadata` that `to_bytes` was given."""
+    header, _ = _read(content, source)
     return dict(header["metadata"])
 
 
@@ -330,11 +335,14 @@ def _learner_of(header: dict[str, Any], arrays: Arrays) -> Learner:
         history = [_finite(value) for value in options.pop("history")]
         converged = bool(options.pop("converged"))
         learner = BatchEM(model, schema=schema, **options)
-        learner.history, learner.converged = history, converged
-        learner._parameters = _parameters_of(learner, arrays, "parameters")
-        learner.n_events = n_events
+        parameters = _parameters_of(learner, arrays, "parameters")
+        if parameters is None:
+            raise ValueError("there are no parameters")
+        statistics = None
         if header["statistics"] is not None:
-            learner.statistics = _statistics_of(learner, header["statistics"], arrays)
+            statistics = _statistics_of(learner, parameters, header["statistics"], arrays)
+        run = BatchRun(parameters, "", None, statistics, tuple(history), converged)
+        learner.adopt(run, learner._bound_model(), n_events=n_events)
     elif header["kind"] == "OnlineEM":
         total_weight, n_updates = _finite(options.pop("total_weight")), _whole(options.pop("n_updates"))
         unseen = tuple(_whole(position) for position in options.pop("unseen"))
@@ -348,7 +356,7 @@ def _learner_of(header: dict[str, Any], arrays: Arrays) -> Learner:
         iterate = learner._parameters = _parameters_of(learner, arrays, "iterate")
         learner._unseen = unseen
         learner._state = State(
-            None if header["statistics"] is None else _statistics_of(learner, header["statistics"], arrays),
+            None if header["statistics"] is None else _statistics_of(learner, iterate, header["statistics"], arrays),
             iterate,
             n_events,
             total_weight,
@@ -399,9 +407,10 @@ def _component_ids(array: npt.NDArray[Any], n_components: int) -> npt.NDArray[np
     return array
 
 
-def _statistics_of(learner: Learner, scalars: Mapping[str, Any], arrays: Arrays) -> Statistics:
+def _statistics_of(
+    learner: Learner, parameters: MixtureParameters | None, scalars: Mapping[str, Any], arrays: Arrays
+) -> Statistics:
     schema, bound = learner._known_schema(), learner._bound_model()
-    parameters = learner._parameters
     if parameters is None:
         raise ValueError("there are statistics but no parameters")
     shapes = bound.e_step(parameters, Batch(np.empty((len(schema), 0)), schema))

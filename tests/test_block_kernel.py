@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import CASES, assert_statistics_close, draw_batch
+from cases import CASES, COMPILED_CASES, assert_statistics_close, draw_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -110,7 +110,7 @@ def test_odd_mini_batches_between_compiled_ones_are_learned_in_numpy(cause: str)
     assert_statistics_close(learner.statistics, reference.statistics)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "gaussian" not in name] + ["gaussian_tied"])
+@pytest.mark.parametrize("name", [name for name in COMPILED_CASES if "gaussian" not in name] + ["gaussian_tied"])
 def test_other_families_are_learned_in_numpy_after_compiled_events_too(name: str) -> None:
     case = CASES[name]
     learner, reference = (
@@ -140,3 +140,46 @@ def test_a_failed_update_takes_earlier_pieces_back(monkeypatch: pytest.MonkeyPat
         learner.update(draw(500, 3))
     assert len(calls) == 3
     assert to_bytes(learner) == before
+
+
+@pytest.mark.parametrize("name", ["diag", "spherical", "mixed"])
+def test_complete_mini_batches_after_ones_with_gaps_agree_with_numpy(name: str) -> None:
+    gaps = draw(1_000, 1)
+    gone = np.random.default_rng(2).random(1_000) < 0.9
+    gaps.values[0, gone] = np.nan
+    compiled, reference = (ready(name).update(replace(gaps)) for _ in range(2))
+    for seed in (3, 4):
+        batch = draw(1_000, seed)
+        assert blocks_of(compiled)
+        compiled.update(batch)
+        reference.update(batch)
+    assert compiled._kernel is not None
+    assert compiled.statistics is not None
+    assert reference.statistics is not None
+    assert_statistics_close(compiled.statistics, reference.statistics)
+
+
+def test_events_without_weight_move_no_clock() -> None:
+    learner, reference = ready("mixed", batch_size=100), ready("mixed", batch_size=100)
+    batch = draw(300, 5)
+    for start in range(0, 300, 100):
+        piece = batch.select(slice(start, start + 100))
+        told = replace(piece, weight=(np.arange(100) < 60).astype(float))
+        assert blocks_of(learner).learn(told, keep=False) is not None
+        reference.update(piece.select(slice(0, 60)))
+    assert learner.n_events == reference.n_events == 580
+    assert learner.statistics is not None
+    assert reference.statistics is not None
+    assert_statistics_close(learner.statistics, reference.statistics)
+
+
+def test_the_usual_average_is_learned_in_numpy_once_it_is_wanted() -> None:
+    learner, reference = ready("full"), ready("full")
+    assert blocks_of(learner)
+    for one in (learner, reference):
+        one.averaging = True
+        one.update(draw(500, 3)).update(draw(500, 4))
+    assert learner._average.reported is not None
+    np.testing.assert_allclose(
+        learner.parameters.components.mean, reference.parameters.components.mean, rtol=1e-9, atol=1e-9
+    )

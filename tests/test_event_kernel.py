@@ -8,13 +8,22 @@ import pickle
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
-from cases import CASES, NUMERIC, assert_parameters_equal, assert_sound, assert_statistics_close, draw_batch
+from cases import (
+    CASES,
+    COMPILED_CASES,
+    NUMERIC,
+    assert_parameters_equal,
+    assert_sound,
+    assert_statistics_close,
+    draw_batch,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,10 +42,11 @@ from stream_em import (
 )
 from stream_em.event_kernel import EventKernel
 from stream_em.families import automatic_family
+from stream_em.numerics import LARGEST_LOG_DENSITY
 from stream_em.schedules import StepSize
 from stream_em.store import from_bytes, to_bytes
 
-every_family = pytest.mark.parametrize("name", CASES)
+every_family = pytest.mark.parametrize("name", COMPILED_CASES)
 
 
 def draw_events(name: str, n_events: int, seed: int, missing: float = 0.0) -> list[dict[str, Any]]:
@@ -377,3 +387,85 @@ def test_one_event_that_outweighs_all_others_leaves_a_sound_model(kind: str) -> 
         for _ in range(2):
             learner.update(dict(zip("xyz", generator.normal(size=3).round(1).tolist())), 1e6)
         assert_sound(learner.model, learner.parameters, schema)
+
+
+@pytest.mark.parametrize("assignment", ["soft", "hard"])
+@pytest.mark.parametrize("name", ["gaussian_full", "gaussian_diag", "product"])
+def test_events_without_weight_are_scored_and_leave_no_trace(name: str, assignment: str) -> None:
+    learner, _ = twins(name, assignment=assignment)
+    *events, last = draw_events(name, 40, 3)
+    before = to_bytes(learner.update(last))
+    for event in events:
+        kernel = kernel_of(learner)
+        assert kernel.learn(event, 0.0) == kernel.score(event)
+        learner.update(event, 0.0).update([event], [0.0]).update(events, np.zeros(39))
+    assert to_bytes(learner) == before
+
+
+@every_family
+def test_learning_tells_what_the_event_scored_before(name: str) -> None:
+    learner, _ = twins(name)
+    for event in draw_events(name, 30, 3, missing=0.2):
+        kernel = kernel_of(learner)
+        score = kernel.score(event)
+        assert kernel.learn(event) == score
+    assert kernel_of(learner).learn({"no field": 1.0}) is None
+
+
+def test_a_failed_m_step_does_not_hide_what_the_event_scored() -> None:
+    schema = Schema({"x": "numeric", "y": "numeric"})
+    learner = OnlineEM(Mixture(Gaussian(), 1, prior_weight=1e-8), schema=schema, warm_up=20, batch_size=1)
+    points = np.random.default_rng(0).normal(size=60).tolist()
+    for value in points:
+        event = {"x": value, "y": value}
+        kernel = learner.kernel()
+        if kernel is None:
+            learner.update(event)
+            continue
+        score = kernel.score(event)
+        assert score is not None
+        assert math.isfinite(score)
+        assert kernel.learn(event) == score
+    assert_sound(learner.model, learner.parameters, schema)
+
+
+def test_missing_values_of_unknown_fields_grow_no_schema() -> None:
+    schema = Schema(NUMERIC.fields, unknown="add")
+    learner, reference = twins("gaussian_full", schema=schema)
+    kernel = kernel_of(learner)
+    for event in draw_events("gaussian_full", 10, 3):
+        odd = event | {"new": None}
+        assert kernel.learn(odd) is not None
+        reference.update([odd])
+    assert kernel.learn({"x": 1.0, "new": 2.0}) is None
+    assert learner.ignored_fields == reference.ignored_fields == {}
+    assert_alike(learner, reference)
+
+
+@pytest.mark.parametrize("assignment", ["soft", "hard"])
+@pytest.mark.parametrize("name", ["gaussian_full", "gaussian_tied", "gaussian_diag", "gaussian_spherical", "product"])
+def test_an_event_beyond_the_range_of_doubles_is_equally_far_from_all(name: str, assignment: str) -> None:
+    case = CASES[name]
+    learner, _ = twins(name, assignment=assignment)
+    learner.update(draw_events(name, 1, 4)[0])
+    family = learner.model.bind(case.schema).family
+    tiny = {
+        key: array * (1e-120 if "covariance" in key else 1.0)
+        for key, array in family.arrays(learner.parameters.components).items()
+    }
+    parameters = replace(learner.parameters, components=family.from_arrays(tiny))
+    narrow = OnlineEM(learner.model, schema=case.schema, initial_parameters=parameters)
+    event = draw_events(name, 1, 4)[0] | {field.name: 1e100 for field in case.schema.fields if field.kind == "numeric"}
+    prediction = narrow.score_events([event])
+    assert prediction.log_prob.tolist() == [-LARGEST_LOG_DENSITY]
+    assert prediction.component.tolist() == [int(parameters.weights.argmax())]
+    np.testing.assert_allclose(prediction.responsibilities, parameters.weights[None], rtol=1e-12)
+    narrow._state = replace(learner._state, iterate=parameters)
+    kernel = kernel_of(narrow)
+    if (score := kernel.score(event)) is not None:
+        assert score == pytest.approx(-LARGEST_LOG_DENSITY, rel=1e-12)
+        assert kernel.responsibilities == pytest.approx(parameters.weights.tolist(), rel=1e-6)
+    for told in (event, [event]):
+        narrow.update(told, 1e10 if told is event else [1e10])
+        assert np.isfinite(narrow.statistics.log_likelihood)  # type: ignore[union-attr]
+    from_bytes(to_bytes(narrow))

@@ -80,9 +80,11 @@ def test_ill_defined_components_are_found_and_shrunk(kind: Any) -> None:
         prior = model.prior(statistics)
         start = model.m_step(statistics)
     # A tied covariance has the scatter of the other component.
-    assert model.family.ill_defined(statistics.parts, prior).tolist() == [kind != "tied", False]
-    strong = Mixture(Gaussian(kind), 2).prior(statistics)
-    assert not model.family.ill_defined(statistics.parts, strong).any()
+    assert start.components.ill_defined.tolist() == [kind != "tied", False]
+    kept = model.m_step(statistics, kept=(start, np.array([True, False])))
+    assert kept.components.ill_defined.tolist() == [kind != "tied", False]
+    strong = Mixture(Gaussian(kind), 2).bind(batch.schema)
+    assert not strong.m_step(statistics).components.ill_defined.any()
     variance = values.var(axis=1)
     pooled = np.diag(np.full(3, variance.mean()) if kind == "spherical" else variance)
     found = model.family.covariances(start.components)
@@ -104,7 +106,7 @@ def test_a_narrow_component_far_away_is_not_taken_for_an_ill_defined_one(kind: A
     shares = np.stack([np.arange(400) < 200, np.arange(400) >= 200]).astype(float)
     model = Mixture(Gaussian(kind), 2, prior_weight=1e-25).bind(batch.schema)
     steps = list(islice(iterations(model, model.initialize(batch, shares), lambda: [batch]), 4))
-    assert not model.family.ill_defined(steps[-1].statistics.parts, steps[-1].prior).any()
+    assert not steps[-1].parameters.components.ill_defined.any()
     variance = np.diagonal(model.family.covariances(steps[-1].parameters.components), axis1=1, axis2=2)
     np.testing.assert_allclose(variance, 1e-6, rtol=0.25)
 

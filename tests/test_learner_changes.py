@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 
-from stream_em import Constant, Gaussian, Mixture, NotFittedError, OnlineEM, RobbinsMonro
+from stream_em import Constant, Gaussian, HalfLife, Mixture, NotFittedError, OnlineEM, RobbinsMonro
+from stream_em.schedules import Schedule
 
 
 def numbers(n_events: int, center: float, seed: int) -> np.ndarray:
@@ -62,3 +65,69 @@ def test_other_ids_stand_for_the_same_components() -> None:
         learner.renumber(np.array([1, 1]))
     with pytest.raises(NotFittedError):
         OnlineEM(Mixture(Gaussian(), 2)).renumber(np.array([0, 1]))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(RobbinsMonro(), HalfLife(10.0)), (HalfLife(10.0), RobbinsMonro()), (HalfLife(10.0), HalfLife(1e6))],
+)
+def test_forgetting_by_event_time_begins_and_ends_at_any_time(before: Schedule, after: Schedule) -> None:
+    learner = OnlineEM(Mixture(Gaussian(), 2), schedule=before, batch_size=100, warm_up=100, seed=0)
+    learner.update(numbers(1_000, 0.0, 0), time=0.0)
+    learner.schedule = after
+    assert learner.statistics is not None
+    weight = learner.statistics.total_weight
+    learner.update(numbers(100, 0.0, 1), time=5.0)
+    assert learner.statistics is not None
+    assert learner.statistics.half_life == after.half_life
+    if isinstance(before, HalfLife) and isinstance(after, HalfLife):
+        # The time of what was learned so far is known still.
+        assert learner.statistics.total_weight == pytest.approx(weight * 2.0**-5e-6 + 100.0)
+    elif isinstance(after, HalfLife):
+        assert learner.statistics.total_weight == pytest.approx(weight + 100.0)
+        learner.update(numbers(100, 0.0, 1), time=15.0)
+        assert learner.statistics.total_weight == pytest.approx((weight + 100.0) / 2.0 + 100.0)
+    else:
+        assert learner.statistics.time is None
+
+
+def test_a_schedule_is_checked_whenever_it_is_set() -> None:
+    learner = learner_of()
+    with pytest.raises(ValueError, match="schedule must be"):
+        learner.schedule = 0.5  # type: ignore[assignment]
+    early = OnlineEM(Mixture(Gaussian(), 2)).update(numbers(50, 0.0, 0))
+    with pytest.raises(ValueError, match="have no times"):
+        early.schedule = HalfLife(1.0)
+    assert learner.schedule == early.schedule == RobbinsMonro()
+    early.finish_warm_up()
+    early.schedule = HalfLife(1.0)
+
+
+def test_averaging_begins_at_any_time() -> None:
+    changed, blocks = learner_of(), learner_of()
+    for learner in (changed, blocks):
+        for event in dicts(20, 0.0, 1):
+            learner.update(event if learner is changed else [event])
+        learner.averaging = True
+        for event in dicts(20, 3.0, 2):
+            learner.update(event)
+    mine, theirs = (one.parameters.components.mean for one in (changed, blocks))
+    np.testing.assert_allclose(mine, theirs, rtol=1e-9, atol=1e-12)
+    assert changed.parameters is changed._average.reported
+
+
+def test_compiled_code_is_looked_for_again_on_another_machine() -> None:
+    learner = learner_of()
+    learner._compiles = False
+    assert learner.update(dicts(1, 0.0, 1)[0]).kernel() is None
+    moved = pickle.loads(pickle.dumps(learner))
+    assert moved.kernel() is not None
+
+
+def test_a_lowered_warm_up_ends_with_the_next_event() -> None:
+    learner = OnlineEM(Mixture(Gaussian(), 2), warm_up=100).update(numbers(50, 0.0, 0))
+    assert learner.warm_up_left == 50
+    learner.warm_up = 30
+    learner.update(numbers(10, 0.0, 1))
+    assert not learner.warming_up
+    assert (learner.n_events, learner.warm_up_left) == (60, 0)

@@ -604,7 +604,7 @@ def test_forks_merged_are_one_learner(name: str) -> None:
     for start_at, stop in ((90, 91), (91, 200), (200, 300)):
         merged = merged.merge(origin.fork().update(batch.select(slice(start_at, stop))))
     alone = origin.update(batch)
-    assert merged.n_events == alone.n_events == 300
+    assert merged.n_events == alone.n_events == np.count_nonzero(batch.weight)
     assert merged.statistics is not None
     assert alone.statistics is not None
     assert_statistics_close(merged.statistics, alone.statistics)
@@ -1034,3 +1034,73 @@ def test_a_single_component_is_described_by_its_commonest_category() -> None:
     events = [{"c": "rare"}, *[{"c": "usual"}] * 9]
     fitted = BatchEM(Mixture(Categorical(), 1)).fit(events)
     assert fitted.describe()[0].fields[0].text == "'usual' 90%"
+
+
+def test_m_steps_go_on_at_once_after_a_short_warm_up_or_a_fit() -> None:
+    short = OnlineEM(MODEL, warm_up=10).update(EVENTS[:10])
+    first = short.parameters
+    assert not np.array_equal(short.update(EVENTS[10:12]).parameters.components.mean, first.components.mean)
+    fitted = BatchEM(MODEL, seed=0).fit(EVENTS[:15])
+    assert fitted.statistics is not None
+    resumed = OnlineEM(MODEL, schema=fitted.schema, initial_parameters=fitted.parameters)
+    resumed.resume(fitted.statistics, 15).update(EVENTS[15:17])
+    assert not np.array_equal(resumed.parameters.components.mean, fitted.parameters.components.mean)
+
+
+@pytest.mark.parametrize("schedule", [RobbinsMonro(0.6), Constant(0.2)])
+def test_events_without_weight_do_not_move_the_step_size(schedule: Schedule) -> None:
+    plain, idle = (OnlineEM(MODEL, schedule=schedule, batch_size=100).update(EVENTS[:400]) for _ in range(2))
+    idle.update(EVENTS, np.zeros(len(EVENTS)))
+    for learner in (plain, idle):
+        learner.update(EVENTS[400:500])
+    assert idle.n_events == plain.n_events == 500
+    assert to_bytes(idle) == to_bytes(plain)
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_events_without_any_weight_cannot_be_fitted(read: bool) -> None:
+    weight = np.zeros(100)
+    batch = NUMERIC.encode(EVENTS[:100], weight)
+    with pytest.raises(NotFittedError, match="no event with weight"):
+        BatchEM(MODEL).fit([batch, batch] if read else batch)
+
+
+def test_a_source_that_can_be_read_only_once_is_named() -> None:
+    once = iter([EVENTS[:100]])
+    with pytest.raises(SchemaError, match="could be read only once"):
+        BatchEM(MODEL).fit(lambda: once)
+
+
+def test_a_batch_of_an_earlier_vocabulary_is_learned_with_and_without_weights() -> None:
+    schema = Schema([Field("c", "category", ("a", "b"))])
+    learners = [OnlineEM(Mixture(Categorical(), 1), schema=schema, warm_up=20) for _ in range(2)]
+    early = learners[0].encode([{"c": "a"}, {"c": "b"}])
+    for learner in learners:
+        learner.update([{"c": "ab"[index % 2]} for index in range(30)] + [{"c": "new"}])
+    learners[0].update(early)
+    learners[1].update(early, np.ones(2))
+    assert learners[0].n_events == learners[1].n_events == 33
+    assert_parameters_equal(learners[0].parameters, learners[1].parameters, learners[0]._bound_model().family)
+
+
+def test_nothing_to_condition_on_is_named() -> None:
+    learner = OnlineEM(MODEL).update(EVENTS[:300])
+    with pytest.raises(SchemaError, match="no field is given"):
+        learner.conditional({})
+
+
+def test_a_field_without_a_value_in_the_warm_up_keeps_no_other_from_compiled_code() -> None:
+    schema = Schema([Field("x", "numeric"), Field("c", "category")])
+    model = Mixture(Product({"x": Gaussian(), "c": Categorical()}), 2)
+    learner, reference = (OnlineEM(model, schema=schema, warm_up=50) for _ in range(2))
+    events: list[dict[str, Any]] = [{"x": float(index % 7), "c": None} for index in range(60)]
+    for event in events:
+        learner.update(event)
+        reference.update([event])
+    assert learner.kernel() is not None
+    for event in [*events[:10], {"x": 1.0, "c": "a"}, *events[:3]]:
+        learner.update(event)
+        reference.update([event])
+    assert learner.statistics is not None
+    assert reference.statistics is not None
+    assert_statistics_close(learner.statistics, reference.statistics)

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from cases import (
     CASES,
+    CONDITIONAL_CASES,
     COVARIANCE_TYPES,
     NUMERIC,
     assert_sound,
@@ -39,6 +41,7 @@ from stream_em import (
     Schema,
 )
 from stream_em.families.gaussian import GaussianParameters
+from stream_em.numerics import LARGEST_LOG_DENSITY
 
 EVENTS = draw_values(NUMERIC, 500, np.random.default_rng(1)).T
 # So weak a prior moves nothing that a comparison with maximum likelihood could see.
@@ -225,7 +228,9 @@ def test_conditional_integrates_to_one(kind: Any) -> None:
     assert float(density.sum() * (grid[1] - grid[0])) == pytest.approx(1.0, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if len(case.schema) > 1])
+@pytest.mark.parametrize(
+    "name", [name for name in CASES if name not in CONDITIONAL_CASES and len(CASES[name].schema) > 1]
+)
 @given(data=st.data())
 @settings(max_examples=15, deadline=None)
 def test_joint_is_marginal_times_conditional_in_every_family(name: str, data: st.DataObject) -> None:
@@ -475,3 +480,33 @@ raise SystemExit(int(os.waitpid(child, 0)[1] != 0))
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=90)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("assignment", ["soft", "hard"])
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_one_event_beyond_the_range_of_doubles_spoils_no_block(assignment: Any, n_threads: int) -> None:
+    case = CASES["gaussian_full"]
+    model, start = draw_parameters(case, 3, 1, assignment=assignment)
+    narrow = replace(start, components=GaussianParameters(start.components.mean, start.components.covariance * 1e-120))
+    batch = draw_batch(case, 5_000, 2)
+    batch.values[:, 7] = 1e100
+    statistics = model.e_step(narrow, batch, n_threads=n_threads)
+    posterior = model.posterior(narrow, batch)
+    assert posterior.log_prob[7] == -LARGEST_LOG_DENSITY
+    np.testing.assert_allclose(posterior.responsibilities[:, 7], narrow.weights, rtol=1e-12)
+    assert np.isfinite(posterior.responsibilities).all()
+    assert np.isfinite(statistics.log_likelihood)
+    assert statistics.total_weight == pytest.approx(5_000.0)
+
+
+def test_compiled_threads_hand_over_what_is_beyond_the_range_of_doubles() -> None:
+    case = CASES["gaussian_full"]
+    model, start = draw_parameters(case, 3, 1)
+    narrow = replace(start, components=GaussianParameters(start.components.mean, start.components.covariance * 1e-2))
+    batch = draw_batch(case, 20_000, 2)
+    # Opposite to each other, so that they do not move the center of the events.
+    batch.values[:, :2] = [[1e100, -1e100]] * 3
+    one, two = (model.e_step(narrow, batch, n_threads=n_threads) for n_threads in (1, 2))
+    assert one.log_likelihood == pytest.approx(-2.0 * LARGEST_LOG_DENSITY, rel=1e-9)
+    assert two.log_likelihood == pytest.approx(one.log_likelihood, rel=1e-9)
+    np.testing.assert_allclose(two.weights, one.weights, rtol=1e-9)

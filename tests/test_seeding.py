@@ -16,6 +16,8 @@ def test_reservoir_keeps_everything_while_there_is_room() -> None:
     for piece in pieces:
         reservoir.add(piece)
     sample, whole = reservoir.sample(), concatenate(pieces)
+    assert whole.weight is not None
+    whole = whole.select(np.flatnonzero(whole.weight))
     assert np.array_equal(sample.values, whole.values, equal_nan=True)
     assert sample.weight is not None
     assert whole.weight is not None
@@ -134,3 +136,14 @@ def test_seeding_splits_across_the_clusters_and_not_along_the_longest_axis(kind:
         model = Mixture(Gaussian(kind), 2).bind(schema)
         found = model.posterior(seed(model, batch, generator), batch).responsibilities.argmax(axis=0)
         assert max(np.mean(found == group), np.mean(found != group)) > 0.99
+
+
+def test_reservoir_leaves_out_events_without_weight_also_where_it_samples() -> None:
+    weight = np.zeros(100)
+    weight[40:50] = 1.0
+    reservoir = Reservoir(50, np.random.default_rng(0))
+    reservoir.add(Batch(np.arange(100.0)[None], Schema({"x": "numeric"}), weight))
+    sample = reservoir.sample()
+    assert sample.values[0].tolist() == list(range(40, 50))
+    assert sample.weight is not None
+    assert sample.weight.tolist() == [1.0] * 10

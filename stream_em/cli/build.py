@@ -65,9 +65,11 @@ def make_model(section: ModelSection, schema: Schema) -> Mixture:
         tuple(sorted(names, key=schema.position)): _make_family(family, section.covariance_type)
         for family, names in groups.items()
     }
-    if len(families) == 1 and sum(map(len, families)) == len(schema):
+    # One family for all fields has no place for a new field of another kind.
+    closed = section.family != "auto" or schema.unknown != "add"
+    if closed and len(families) == 1 and sum(map(len, families)) == len(schema):
         (whole,) = families.values()
-    elif not families and schema.unknown != "add" and all(one.kind == "numeric" for one in schema.fields):
+    elif closed and not families and all(one.kind == "numeric" for one in schema.fields):
         whole = Gaussian(section.covariance_type)
     else:
         whole = Product(families, others=section.covariance_type)

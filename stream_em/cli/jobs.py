@@ -50,7 +50,7 @@ def run(config: Config, console: Console, *, read: Sequence[Path] = ()) -> None:
     )
     if output.picture is not None:
         # To learn at the end of a long run that no picture can be drawn would be too late.
-        _plots()
+        load_plots()
     ranking = _Ranking(config.source)
     history = _History()
     learner: OnlineEM | None = None
@@ -71,22 +71,22 @@ def run(config: Config, console: Console, *, read: Sequence[Path] = ()) -> None:
                     scored = stack.enter_context(_scored_file(config, folder / output.scored_events, learner.schema))
             parts = _Parts()
             for start, batch in _mini_batches(learner, chunk, quarantine, config):
-                if batch.n_events:
-                    # There is no mixture yet to score the events of the warm-up.
-                    n_warm = warm_up.count(learner, batch)
-                    try:
-                        prediction = learner.predict_then_update(batch)
-                    except FamilyError as error:
-                        raise DataError(
-                            f"{source.name}: a new field came after {n_learned:,} events and the model cannot take it "
-                            f"({error}); declare it in schema.fields, or set schema.unknown=ignore"
-                        ) from error
-                    parts.add(start, batch, prediction, keep_responsibilities=output.responsibilities, n_warm=n_warm)
-                    ranking.add(chunk.label, parts.kept[-1][n_warm:], prediction.log_prob[n_warm:])
-                    n_learned += batch.n_events
-                    history.add(n_learned, prediction.log_prob[n_warm:], learner)
-                    if progress.due():
-                        progress.show(n_learned, **history.facts(learner))
+                # There is no mixture yet to score the events of the warm-up.
+                n_warm = warm_up.count(learner, batch)
+                try:
+                    # Also of no events, for the fields that they had and the schema ignores to be counted.
+                    prediction = learner.predict_then_update(batch)
+                except FamilyError as error:
+                    raise DataError(
+                        f"{source.name}: a new field came after {n_learned:,} events and the model cannot take it "
+                        f"({error}); declare it in schema.fields, or set schema.unknown=ignore"
+                    ) from error
+                parts.add(start, batch, prediction, keep_responsibilities=output.responsibilities, n_warm=n_warm)
+                ranking.add(chunk.label, parts.kept[-1][n_warm:], prediction.log_prob[n_warm:])
+                n_learned += batch.n_events
+                history.add(n_learned, prediction.log_prob[n_warm:], learner)
+                if progress.due():
+                    progress.show(n_learned, **history.facts(learner))
                 if stop.requested:
                     break
             if scored is not None:
@@ -103,7 +103,7 @@ def run(config: Config, console: Console, *, read: Sequence[Path] = ()) -> None:
             save(learner, folder / output.snapshot, metadata={"source": source.name})
             written.append(folder / output.snapshot)
         if output.picture is not None:
-            _picture(folder / output.picture, lambda path: _plots().plot_run(learner, history.points(), path))
+            _picture(folder / output.picture, lambda path: load_plots().plot_run(learner, history.points(), path))
             written.append(folder / output.picture)
     if too_short:
         say(
@@ -178,8 +178,7 @@ def fit(config: Config, console: Console, *, read: Sequence[Path] = ()) -> None:
                 batch = _encode(schema, chunk, slice(0, len(chunk)), first, config, learning=True)
                 schema = batch.schema
                 n_read += batch.n_events
-                if batch.n_events:
-                    yield batch
+                yield batch
                 if progress.due():
                     progress.show(n_read, reading=f"pass {passes}", **_log_posterior(fitted))
 
@@ -305,17 +304,15 @@ class _WarmUp:
 
     def __init__(self) -> None:
         self.n_events = 0
-        self._n_told = 0
 
     def count(self, learner: OnlineEM, batch: Batch) -> int:
         """Events at the start of a batch, about to be learned, that belong to the warm-up."""
-        if not learner.warming_up:
+        left = learner.warm_up_left
+        if not left:
             return 0
         # An event without weight is scored, but it brings the end of the warm-up no nearer.
         told = np.ones(batch.n_events, bool) if batch.weight is None else batch.weight > 0.0
-        n_told_before = self._n_told + np.cumsum(told) - told
-        self._n_told += int(np.count_nonzero(told))
-        n_warm = int(np.count_nonzero(n_told_before < learner.warm_up))
+        n_warm = int(np.count_nonzero(np.cumsum(told) - told < left))
         self.n_events += n_warm
         return n_warm
 
@@ -394,9 +391,9 @@ class _Parts:
             self._responsibilities.append(prediction.responsibilities)
 
     def write(self, scored: ScoredEvents, chunk: Chunk, learner: OnlineEM | BatchEM) -> None:
-        if not self.kept:
+        kept = np.concatenate(self.kept) if self.kept else np.empty(0, dtype=np.intp)
+        if not len(kept):
             return
-        kept = np.concatenate(self.kept)
         whole = not self._gaps and len(kept) == kept[-1] + 1
         scored.add(
             chunk,
@@ -624,7 +621,8 @@ def _scored_file(config: Config, path: Path, schema: Schema | None) -> ScoredEve
     return ScoredEvents(path, schema, carried, prefix=output.prefix, responsibilities=output.responsibilities)
 
 
-def _plots() -> Any:
+def load_plots() -> Any:
+    """Return the module that draws, or say what it needs."""
     if find_spec("matplotlib") is None:
         raise DataError("a picture needs matplotlib: pip install 'stream-em[plots]', or set output.picture=null")
     from stream_em import plots
@@ -634,7 +632,7 @@ def _plots() -> Any:
 
 def draw_learner(learner: OnlineEM | BatchEM, path: Path) -> None:
     """Write a picture of the components."""
-    _picture(path, lambda pending: _plots().plot_learner(learner, pending))
+    _picture(path, lambda pending: load_plots().plot_learner(learner, pending))
 
 
 def _picture(path: Path, draw: Callable[[Path], Any]) -> None:

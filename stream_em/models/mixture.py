@@ -8,18 +8,20 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from stream_em.families.base import Block, Family, FamilyError, Mask, Parts, feature_table
-from stream_em.numerics import Array, check_whole, compiled_or_none, softmax_in_place
-from stream_em.schema import Batch, Schema
+from stream_em.numerics import LARGEST_LOG_DENSITY, Array, check_whole, compiled_or_none, softmax_in_place
+from stream_em.schema import Batch, EventError, Schema
 from stream_em.statistics import Statistics, Sums
 
 if TYPE_CHECKING:
     from threadpoolctl import ThreadpoolController
+
+Result = TypeVar("Result")
 
 NOTHING = np.empty(0, dtype=np.intp)
 
@@ -147,6 +149,22 @@ class Mixture:
         bound = replace(self, family=self.family.bind(schema.fields))
         object.__setattr__(bound, "schema", schema)
         return bound
+
+    def check(self, batch: Batch) -> None:
+        """Check that a bound model has a density for each event of a batch.
+
+        Raises
+        ------
+        EventError
+            For the first event that lacks a value without which it has none.
+
+        """
+        lacking = None if batch.observed is None else self.family.lacking(batch.observed)
+        if lacking is None or not lacking.any():
+            return
+        index = int(lacking.any(axis=0).argmax())
+        name = batch.schema.names[int(lacking[:, index].argmax())]
+        raise EventError(index, name, None, f"a value, without which {self.family} has no density for the event")
 
     def initialize(self, batch: Batch, responsibilities: Array) -> MixtureParameters:
         """Return parameters from given responsibilities (K, B): one M-step.
@@ -306,28 +324,30 @@ class Mixture:
         n_threads: int = 1,
     ) -> tuple[Statistics, Posterior | None]:
         """Run the E-step of a bound model; `given` responsibilities replace those of the parameters."""
+        self.check(batch)
         posterior = self._empty_posterior(batch) if keep else None
         weights: Array | None = None
         parts: Parts = {}
         log_likelihood = 0.0
-        for positions, observed in _missing_patterns(batch, self.family):
-            if positions is None:
-                expectation = _Expectation(self, parameters, batch, observed, n_threads)
-                of_pattern = expectation.run(given, posterior, collect)
-            else:
-                alike = batch.select(positions)
-                into = self._empty_posterior(alike) if keep else None
-                expectation = _Expectation(self, parameters, alike, observed, n_threads)
-                of_pattern = expectation.run(None if given is None else given[:, positions], into, collect)
-                if posterior is not None and into is not None:
-                    posterior.log_prob[positions] = into.log_prob
-                    posterior.responsibilities[:, positions] = into.responsibilities
-            log_likelihood += of_pattern.log_likelihood
-            if weights is None:
-                weights, parts = of_pattern.weights, of_pattern.parts
-            else:
-                weights = weights + of_pattern.weights
-                parts = {name: part.merge(of_pattern.parts[name]) for name, part in parts.items()}  # type: ignore[arg-type]
+        with _far_events():
+            for positions, observed in _missing_patterns(batch, self.family):
+                if positions is None:
+                    expectation = _Expectation(self, parameters, batch, observed, n_threads)
+                    of_pattern = expectation.run(given, posterior, collect)
+                else:
+                    alike = batch.select(positions)
+                    into = self._empty_posterior(alike) if keep else None
+                    expectation = _Expectation(self, parameters, alike, observed, n_threads)
+                    of_pattern = expectation.run(None if given is None else given[:, positions], into, collect)
+                    if posterior is not None and into is not None:
+                        posterior.log_prob[positions] = into.log_prob
+                        posterior.responsibilities[:, positions] = into.responsibilities
+                log_likelihood += of_pattern.log_likelihood
+                if weights is None:
+                    weights, parts = of_pattern.weights, of_pattern.parts
+                else:
+                    weights = weights + of_pattern.weights
+                    parts = {name: part.merge(of_pattern.parts[name]) for name, part in parts.items()}  # type: ignore[arg-type]
         assert weights is not None
         return Statistics({"components": Sums(weights), **parts}, log_likelihood, parameters.component_ids), posterior
 
@@ -392,7 +412,7 @@ class _Expectation:
         self.theta = np.empty((self.n_components, self.block.n_features + 1))
         self.theta[:, :-1], constant = self.block.natural(self.center)
         np.add(constant, parameters.log_weights, out=self.theta[:, -1])
-        self.log_weights = parameters.log_weights
+        self.weights, self.log_weights = parameters.weights, parameters.log_weights
         # Components whose log-density would lose precision in the expanded square, too far away or nearly flat:
         # theirs is computed directly, and their features are taken about their own mean.
         unstable = self.block.unstable(self.center)
@@ -433,7 +453,7 @@ class _Expectation:
         )
         # Threads that lived on would be missing, and waited for, in a process forked later.
         with _one_blas_thread(), ThreadPoolExecutor(n_threads) as threads:
-            log_likelihoods, sums = zip(*threads.map(blocks, bounds[:-1], bounds[1:]))
+            log_likelihoods, sums = zip(*threads.map(_without_warnings(blocks), bounds[:-1], bounds[1:]))
         return sum(log_likelihoods), np.add.reduce(sums)
 
     def _compiled_blocks(
@@ -457,7 +477,10 @@ class _Expectation:
             log_likelihood = sum_features(
                 self.theta, *table, center, values, weight, start, stop, *posterior, NOTHING, sums
             )
-            return log_likelihood, sums
+            if log_likelihood >= -LARGEST_LOG_DENSITY:
+                return log_likelihood, sums
+            # Some event is impossible under every component.
+            return self._blocks(start, stop, USUAL_BLOCK, given, into, centers, own)
 
         return blocks
 
@@ -510,23 +533,25 @@ class _Expectation:
 
     def _normalize(self, shares: Array, span: slice, into: Posterior | None) -> float:
         """Turn log-joints into responsibilities in place; return the log-likelihood of the block."""
-        best = np.maximum.reduce(shares, axis=0) if self.hard else None
-        winner = np.argmax(shares, axis=0) if self.hard else None
         log_prob = softmax_in_place(shares)
+        # It is not a number where densities leave the range of doubles: every component is equally far then.
+        if not np.minimum.reduce(log_prob) >= -LARGEST_LOG_DENSITY:
+            lost = ~(log_prob >= -LARGEST_LOG_DENSITY)
+            shares[:, lost] = self.weights[:, None]
+            log_prob[lost] = -LARGEST_LOG_DENSITY
         if self.block.has_base_measure:
             base = self.block.base_measure(
                 self.batch.values[:, span], None if self.mask is None else self.mask[:, span]
             )
             log_prob += base
-            if best is not None:
-                best += base
         if into is not None:
             into.log_prob[span] = log_prob
             into.responsibilities[:, span] = shares
-        if best is not None and winner is not None:
+        if self.hard:
+            at = np.argmax(shares, axis=0), np.arange(shares.shape[1])
+            log_prob = log_prob + np.log(shares[at])
             shares[:] = 0.0
-            shares[winner, np.arange(len(winner))] = 1.0
-            log_prob = best
+            shares[at] = 1.0
         weight = self.batch.weight
         return float(np.add.reduce(log_prob) if weight is None else log_prob @ weight[span])
 
@@ -539,6 +564,21 @@ class _Expectation:
         features[-1] = 1.0
         self._write_features(span, center, features)
         return features
+
+
+def _without_warnings(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Return the function as it is in a thread of its own, where `_far_events` does not reach."""
+
+    def called(*arguments: Any) -> Result:
+        with _far_events():
+            return function(*arguments)
+
+    return called
+
+
+def _far_events() -> np.errstate:
+    """Densities of far events leave the range of doubles; `_normalize` sees to them."""
+    return np.errstate(over="ignore", invalid="ignore")
 
 
 def _compiled_sum_features() -> Callable[..., float]:

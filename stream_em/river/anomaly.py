@@ -160,6 +160,7 @@ class MixtureAnomalyDetector(MixtureEstimator, AnomalyDetector):
         yield {"n_components": 3, "warm_up": 40, "calibration_window": 100}
 
     def _start_anew(self) -> None:
+        super()._start_anew()
         self._recent: SortedWindow[float] | None = None
         if self.calibration_window is not None:
             from river.utils import SortedWindow  # which imports Narwhals

@@ -32,9 +32,6 @@ OnDrift = Literal["forget", "reseed"]
 # Of fewer events it cannot be told what is usual: log p(x) is 0 until then.
 GRACE = 10
 
-# What log p(x) is at least, also for an event that is impossible under the model; compiled code ends there as well.
-LEAST_LOG_PROB = -1e300
-
 
 class Answer(NamedTuple):
     """What the model says of one event: log p, the winning component, and the responsibilities with their ids."""
@@ -76,7 +73,7 @@ class MixtureEstimator(base.Estimator):
 
     _learner: OnlineEM
     _kernel: EventKernel | None
-    _learn: Callable[[Mapping[str, Any], float], bool]
+    _learn: Callable[[Mapping[str, Any], float], float | None]
     _score: Callable[[Mapping[str, Any]], float | None]
     _winner: Callable[[Mapping[str, Any]], int | None]
 
@@ -126,7 +123,7 @@ class MixtureEstimator(base.Estimator):
         self._n_drifts = 0
         self._watches = drift_detector is not None
         self._detector = None if drift_detector is None else drift_detector.clone()
-        self._deaf_for = 0
+        self._refractory = 0
         self._successor: OnlineEM | None = None
         self._learner = self._make_learner(None)
         self._unbind()
@@ -181,20 +178,34 @@ class MixtureEstimator(base.Estimator):
         path
             The snapshot file.
         params
-            Parameters that a snapshot does not hold, such as `drift_detector`.
+            Parameters that a snapshot does not hold, such as `drift_detector`, and other step sizes to go on with.
 
         Returns
         -------
         The estimator. What has no parameter here (averaging, hard assignment, forgetting by event time) stays as the
         snapshot has it, and a clone starts without it.
 
+        Raises
+        ------
+        ValueError
+            When a parameter is another than that of the snapshot.
+
         """
         learner = load(path)
         if isinstance(learner, BatchEM):
             learner = _online(learner)
-        estimator = cls(**{**_params_of(learner), **params})
+        known = _params_of(learner)
+        for name in known.keys() & params.keys() - set(cls.STEP_SIZES):
+            if params[name] != known[name]:
+                raise ValueError(
+                    f"{name}={params[name]!r} differs from the snapshot, which was learned with {known[name]!r}; leave "
+                    "it out, or start anew"
+                )
+        estimator = cls(**{**known, **params})
         learner.ignored_fields = IgnoredFeatures(learner.ignored_fields)
         estimator._learner = learner
+        if params.keys() & set(cls.STEP_SIZES):
+            estimator._reschedule()
         estimator._bind()
         return estimator
 
@@ -247,38 +258,38 @@ class MixtureEstimator(base.Estimator):
             Weight of the event, >= 0.
 
         """
-        if not self._learn(x, w):  # type: ignore[arg-type]
+        log_prob = self._learn(x, w)  # type: ignore[arg-type]
+        if log_prob is None:
             self._learn_otherwise(x, w)
+        elif self._watches:
+            self._watch_learned(log_prob, w)
 
     def _unbind(self) -> None:
         self._kernel, self._learn, self._score, self._winner = None, _not_learned, _not_scored, _not_scored
 
     def _bind(self) -> None:
-        """Take the short way to the kernel where there is one, and nothing else has to see the events."""
+        """Take the short way to the kernel where there is one, and nothing else has to learn the events."""
         self._unbind()
         self._kernel = kernel = self._learner.kernel()
         if kernel is not None and not self._features.labels:
             self._score, self._winner = kernel.score, kernel.predict
-            if not self._watches:
+            if self._successor is None:
                 self._learn = kernel.learn
 
     def _learn_otherwise(self, x: Mapping[Hashable, Any], w: float) -> None:
         event = self._features.named(x)
-        log_prob = self._ask(event).log_prob if self._watches and w != 0.0 else None
-        warming_up = self._learner.warming_up
+        log_prob = [self._ask(event).log_prob] if self._watches and w != 0.0 else []
+        learner, warming_up = self._learner, self._learner.warming_up
         self._update(event, w)
         if event is not x:
             self._features.remember_labels({str(name): name for name in x if not isinstance(name, str)})
-        if log_prob is not None:
-            self._watch(log_prob, warming_up)
-        if warming_up and not self._learner.warming_up:
-            self._start_anew()
+        self._watch_all(log_prob, learner, warming_up)
         self._bind()
 
     def _update(self, event: Mapping[str, Any], w: float) -> None:
         learner, features, schema = self._learner, self._features, self._learner.schema
         kernel = learner.kernel()
-        if kernel is not None and kernel.learn(event, w):
+        if kernel is not None and kernel.learn(event, w) is not None:
             self._teach_successor(event, w)
             return
         if schema is None:
@@ -346,7 +357,7 @@ class MixtureEstimator(base.Estimator):
         schema = learner.schema
         newcomers: dict[str, Field] = {}
         values: dict[str, list[Any]] = {}
-        ignored: list[str] = []
+        ignored: dict[str, int] = {}
         if schema is None:
             schema = features.schema_of_table(table)
         elif self.unknown == "add":
@@ -355,7 +366,7 @@ class MixtureEstimator(base.Estimator):
         table = features.in_question(table, schema)
         batch = schema.encode(aligned(table, schema), w, on_error="collect", extend=True)
         # A row may hold nothing but features that are not in the model.
-        _raise_first(batch, but_empty=bool(newcomers or ignored))
+        _raise_first(batch, but_empty=bool(newcomers or ignored or batch.ignored_fields))
         warming_up = learner.warming_up
         if self._watches:
             prediction = learner.predict_then_update(batch)
@@ -365,13 +376,10 @@ class MixtureEstimator(base.Estimator):
             self._teach_successor(batch, None)
         features.forget(schema.names)
         features.remember_labels(frame.labels)
-        self._count_others(newcomers, values, dict.fromkeys(ignored, table.num_rows), True)
+        self._count_others(newcomers, values, ignored, True)
         if self._watches:
-            told = range(batch.n_events) if batch.weight is None else np.flatnonzero(batch.weight).tolist()
-            for index in told:
-                self._watch(max(float(prediction.log_prob[index]), LEAST_LOG_PROB), warming_up)
-        if warming_up and not self._learner.warming_up:
-            self._start_anew()
+            log_prob = prediction.log_prob if batch.weight is None else prediction.log_prob[batch.weight > 0.0]
+            self._watch_all(log_prob.tolist(), learner, warming_up)
         self._bind()
 
     def _frame(self, X: Any) -> Frame:
@@ -410,16 +418,31 @@ class MixtureEstimator(base.Estimator):
             log_prob[at], component[at], responsibilities[at] = learner.score_events(batch)
         if learner.n_events < GRACE:
             log_prob[:] = 0.0
-        return Prediction(np.fmax(log_prob, LEAST_LOG_PROB), component, responsibilities)
+        return Prediction(log_prob, component, responsibilities)
 
     # Drift.
+
+    def _watch_learned(self, log_prob: float, w: float) -> None:
+        """See what an event that went the short way scored before, which may end the short way."""
+        if w != 0.0:
+            self._watch(log_prob, False)
+        if self._successor is not None or self._learner._kernel is not self._kernel:
+            self._bind()
+
+    def _watch_all(self, log_prob: list[float], learner: OnlineEM, warming_up: bool) -> None:
+        """See what events scored before they were learned, unless the model that said so is no longer there."""
+        if self._learner is not learner or (warming_up and not learner.warming_up):
+            self._start_anew()
+            return
+        for one in log_prob:
+            self._watch(one, warming_up)
 
     def _watch(self, log_prob: float, warming_up: bool) -> None:
         """See what an event scored before it was learned."""
         if self._detector is None or warming_up or self._successor is not None:
             return
-        if self._deaf_for:
-            self._deaf_for -= 1
+        if self._refractory:
+            self._refractory -= 1
             return
         self._detector.update(-log_prob)
         if self._detector.drift_detected:
@@ -429,7 +452,7 @@ class MixtureEstimator(base.Estimator):
             else:
                 self._learner.forget(self.batch_size)
                 # The scores change while the model finds its feet again; that is no further drift.
-                self._deaf_for = self.batch_size
+                self._refractory = self.batch_size
                 self._detector = self._detector.clone()
 
     def _teach_successor(self, events: Mapping[str, Any] | Batch, w: float | None) -> None:
@@ -442,15 +465,14 @@ class MixtureEstimator(base.Estimator):
             successor.renumber(self._learner._component_ids().max() + 1 + np.arange(self.n_components))
             successor.ignored_fields = self._learner.ignored_fields
             self._learner, self._successor = successor, None
-            self._detector = None if self._detector is None else self._detector.clone()
-            self._start_anew()
 
     def _start_anew(self) -> None:
         """Forget scores, which from now on are those of another model."""
+        self._detector = None if self._detector is None else self._detector.clone()
 
 
-def _not_learned(event: Mapping[str, Any], weight: float = 1.0) -> bool:
-    return False
+def _not_learned(event: Mapping[str, Any], weight: float = 1.0) -> None:
+    return None
 
 
 def _not_scored(event: Mapping[str, Any]) -> None:

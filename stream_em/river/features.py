@@ -10,9 +10,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stream_em.families import Family, Product
+from stream_em.families import Family, Product, kind_for
 from stream_em.learners import OnlineEM
-from stream_em.schema import KINDS, Batch, Field, Kind, Schema, SchemaError, _is_missing
+from stream_em.schema import Batch, Field, Kind, Schema, SchemaError, _is_missing
 
 # A new feature joins once it has had this many values: one value says nothing of its spread.
 SUPPORT = 10
@@ -131,9 +131,7 @@ class Features:
         if name in self.kinds:
             return self.kinds[name]
         family = self._families.get(name, self._family_of_others)
-        if family is None or inferred != "numeric" or inferred in family.kinds:
-            return inferred
-        return next(kind for kind in KINDS if kind in family.kinds)
+        return inferred if family is None or inferred != "numeric" else kind_for(family, inferred)
 
     def in_question(self, table: pa.Table, schema: Schema) -> pa.Table:
         """Return a table without the columns that are not in the model and hold nothing."""
@@ -162,10 +160,10 @@ class Features:
 
     def grown(
         self, table: pa.Table, learner: OnlineEM, schema: Schema
-    ) -> tuple[Schema, dict[str, Field], dict[str, list[Any]], list[str]]:
+    ) -> tuple[Schema, dict[str, Field], dict[str, list[Any]], dict[str, int]]:
         """Return the schema with the columns that can join it, and the fields and values of those that cannot yet.
 
-        What is to be ignored comes last.
+        What is to be ignored comes last, with the number of its values.
 
         Raises
         ------
@@ -176,13 +174,13 @@ class Features:
         joined: list[Field] = []
         newcomers: dict[str, Field] = {}
         values: dict[str, list[Any]] = {}
-        ignored: list[str] = []
+        ignored: dict[str, int] = {}
         for name in sorted(set(table.column_names) - set(schema.names)):
             some = _some_values(table[name])
             if not some:
                 continue
             if len(schema) + len(joined) >= self.max_features:
-                ignored.append(name)
+                ignored[name] = table.num_rows - table[name].null_count
                 continue
             field = self._field_of(name, table.select([name]), some, learner, schema)
             if len(self._newcomers.get(name, (field, []))[1]) + len(some) >= SUPPORT:

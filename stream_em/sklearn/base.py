@@ -20,7 +20,8 @@ from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 
-from stream_em.families import Family, Gaussian
+from stream_em.families import Gaussian
+from stream_em.families.gaussian import GaussianParameters
 from stream_em.learners import FittedMixture, Iteration, OnlineEM, _Progress, iterations
 from stream_em.models import Mixture, MixtureParameters
 from stream_em.models.mixture import Posterior
@@ -274,7 +275,7 @@ class BaseMixture(DensityMixin, BaseEstimator, ABC):  # type: ignore[misc]
             change = bounds[-1] - previous
             previous = bounds[-1]
             # Once may be the rounding of a poor start; what is ill-defined twice is shrunk, and stays so.
-            ill = _ill_defined(bound.family, iteration) & ~shrunk
+            ill = _ill_defined(iteration.parameters) & ~shrunk
             if (ill & doubtful).any():
                 shrunk = shrunk | (ill & doubtful)
                 prior = replace(iteration.prior, shrunk=shrunk)
@@ -388,15 +389,15 @@ class BaseMixture(DensityMixin, BaseEstimator, ABC):  # type: ignore[misc]
         self.lower_bounds_ = getattr(self, "lower_bounds_", []) if known else []
         self.n_samples_seen_ = learner.n_events
         self._publish(learner.parameters)
-        if statistics is not None:
-            ill = _ill_defined_of(learner._bound_model(), statistics)
-            if ill.any():
-                named = ", ".join(map(str, np.flatnonzero(ill)))
-                warnings.warn(ILL_DEFINED.format(named, self._regularizer), ConvergenceWarning, stacklevel=2)
+        ill = _ill_defined(learner.parameters)
+        if ill.any():
+            named = ", ".join(map(str, np.flatnonzero(ill)))
+            warnings.warn(ILL_DEFINED.format(named, self._regularizer), ConvergenceWarning, stacklevel=2)
         return self
 
     def _set_pace(self, learner: OnlineEM) -> None:
         schedule, batch_size = self._schedule(), int(self.batch_size)
+        learner.warm_up = learner.first_m_step = self._rows(len(learner._known_schema()))
         # Setting either costs the learner its compiled state.
         if learner.schedule != schedule:
             learner.schedule = schedule
@@ -412,7 +413,9 @@ class BaseMixture(DensityMixin, BaseEstimator, ABC):  # type: ignore[misc]
         """Return a learner that has learned the batch too: the same, or the one that follows its warm-up."""
         if not learner.warming_up or self._starts_from_data_alone():
             return learner.update(batch)
-        room = learner.warm_up - sum(one.n_events for one in learner._buffer)
+        told = np.ones(batch.n_events, dtype=bool) if batch.weight is None else batch.weight > 0.0
+        # Through the event that ends the warm-up, which is the next one where `warm_up` was lowered meanwhile.
+        room = int(np.searchsorted(np.cumsum(told), max(1, learner.warm_up_left))) + 1
         if batch.n_events < room:
             return learner.update(batch)
         seen = concatenate([*learner._buffer, batch.select(slice(0, room))])
@@ -436,8 +439,12 @@ class BaseMixture(DensityMixin, BaseEstimator, ABC):  # type: ignore[misc]
             )
         return self._make_learner(described, fitted._known_schema(), fitted.parameters) if learner is None else learner
 
+    def _rows(self, n_fields: int) -> int:
+        """Return the samples that it takes to tell components apart."""
+        return self.n_components * max(20, 5 * n_fields) if self.warm_up is None else int(self.warm_up)
+
     def _make_learner(self, model: Mixture, schema: Schema, start: MixtureParameters | None) -> OnlineEM:
-        rows = self.n_components * max(20, 5 * len(schema)) if self.warm_up is None else int(self.warm_up)
+        rows = self._rows(len(schema))
         return OnlineEM(
             model,
             schedule=self._schedule(),
@@ -786,13 +793,8 @@ def _same_shape(one: Mixture, other: Mixture) -> bool:
     return one.family == other.family
 
 
-def _ill_defined(family: Family, iteration: Iteration) -> npt.NDArray[np.bool_]:
-    if isinstance(family, Gaussian):
-        return family.ill_defined(iteration.statistics.parts, iteration.prior)
-    return np.zeros(iteration.parameters.n_components, dtype=bool)
-
-
-def _ill_defined_of(bound: Mixture, statistics: Statistics) -> npt.NDArray[np.bool_]:
-    if isinstance(bound.family, Gaussian):
-        return bound.family.ill_defined(statistics.parts, bound.prior(statistics))
-    return np.zeros(bound.n_components, dtype=bool)
+def _ill_defined(parameters: MixtureParameters) -> npt.NDArray[np.bool_]:
+    components = parameters.components
+    if isinstance(components, GaussianParameters):
+        return components.ill_defined
+    return np.zeros(parameters.n_components, dtype=bool)

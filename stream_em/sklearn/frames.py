@@ -15,7 +15,7 @@ from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from stream_em.describe import ComponentDescription
-from stream_em.families import BY_NAME, Family, Product, automatic_family
+from stream_em.families import BY_NAME, OF_KIND, Family, Product, automatic_family, kind_for
 from stream_em.families.gaussian import CovarianceType
 from stream_em.learners import FittedMixture, Iteration
 from stream_em.models import Mixture, MixtureParameters
@@ -155,7 +155,13 @@ class MixtureModel(BaseMixture):
             self._from_frame = from_frame
             self._inferred = Schema.infer(events, max_categories=int(self.max_categories))
             return _encode(self._with_kinds(self._inferred), events, extend=True)
-        return _encode(self._learner._known_schema(), events, extend=learn)
+        schema = self._learner._known_schema()
+        if learn:
+            # A smaller limit drops no category that is known.
+            limit = int(self.max_categories)
+            fields = [replace(one, max_categories=max(limit, len(one.categories))) for one in schema.fields]
+            schema = Schema(fields, unknown=schema.unknown)
+        return _encode(schema, events, extend=learn)
 
     def _with_kinds(self, inferred: Schema) -> Schema:
         """Return the columns with the kinds that their types and `families` give them."""
@@ -293,17 +299,11 @@ def _kind_for(family: str | Family, field: Field) -> Kind:
                 f"the family of column {field.name!r} is {family!r}, expected one of "
                 f"{', '.join(map(repr, BY_NAME))}, or a family such as stream_em.Gaussian()"
             )
-        return _kind_of(BY_NAME[family], field)
+        # A name stands for the family that the kind alone brings about.
+        return cast(Kind, next((kind for kind, one in OF_KIND.items() if one is BY_NAME[family]), "numeric"))
     if not isinstance(family, Family):
         raise TypeError(f"the family of column {field.name!r} must be a name or a family, got {family!r}")
-    return _kind_of(type(family), field)
-
-
-def _kind_of(family: type[Family], field: Field) -> Kind:
-    if len(family.kinds) == 1:
-        (kind,) = family.kinds
-        return cast(Kind, kind)
-    return field.kind if field.kind in family.kinds else "numeric"
+    return kind_for(family, field.kind)
 
 
 def _encode(schema: Schema, events: Any, *, extend: bool) -> Batch:

@@ -404,6 +404,25 @@ class TestNewFields:
         assert "field 'y' is not in the schema and was ignored in 400 events" in done.stdout
         assert load(job / "output" / "model.arrow").schema.names == ("x",)
 
+    @pytest.mark.parametrize("verb", ["run", "fit"])
+    @pytest.mark.parametrize("grows", [False, True])
+    def test_ignored_fields_of_events_that_cannot_be_used_are_counted_too(self, job, verb, grows):
+        category = {"c": "a"} if grows else {}
+        lines = [{"x": float(i % 9), **category} for i in range(750)]
+        lines[250:500] = [{"y": 1.0}] * 250
+        (job / "events.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        fields = "schema.fields={x: numeric, c: category}" if grows else "schema.fields={x: numeric}"
+        done = stream_em(verb, "job.yaml", "schema.unknown=ignore", fields, cwd=job)
+        assert "field 'y' is not in the schema and was ignored in 250 events" in done.stdout
+        if verb == "run":
+            assert len(pq.read_table(job / "output" / "scored.parquet")) == 500
+
+    def test_added_where_one_family_was_named_for_all(self, job):
+        text = (job / "events.jsonl").read_text().rstrip("\n")
+        (job / "events.jsonl").write_text(text + "".join(f'\n{{"x": {i}.0, "c": "{"ab"[i % 2]}"}}' for i in range(300)))
+        stream_em("run", "job.yaml", "schema.unknown=add", "model.families={x: gaussian}", cwd=job)
+        assert load(job / "output" / "model.arrow").schema.names == ("x", "y", "c")
+
     def test_added(self, job):
         stream_em("run", "job.yaml", "schema.unknown=add", cwd=job)
         learner = load(job / "output" / "model.arrow")

@@ -549,3 +549,20 @@ def test_growth_of_a_product_with_named_families() -> None:
     assert isinstance(learner.encode(mixed_events(1)), Batch)
     assert len(learner.schema) == 5
     assert model.predict_one({"x": 0.0, "items": 1}) != model.predict_one({"x": 6.0, "items": 8})
+
+
+def test_a_snapshot_goes_on_with_other_steps_but_is_no_other_model(tmp_path: Path) -> None:
+    path = tmp_path / "model.arrow"
+    events = numeric_events(300)
+    learned(MixtureClusterer(n_components=2, warm_up=50, seed=0), events).to_snapshot(path)
+    loaded = MixtureClusterer.from_snapshot(path, step_size=0.05, n_components=2)
+    assert loaded.step_size == 0.05
+    assert loaded.to_learner().schedule == Constant(0.05)
+    reference = MixtureClusterer.from_snapshot(path)
+    reference.mutate({"step_size": 0.05})
+    for one in (loaded, reference):
+        learned(one, events)
+    assert pickle.dumps(loaded.to_learner().statistics) == pickle.dumps(reference.to_learner().statistics)
+    for change in ({"n_components": 3}, {"batch_size": 7}, {"unknown": "ignore"}, {"prior_weight": 1.0}):
+        with pytest.raises(ValueError, match=f"{next(iter(change))}=.* differs from the snapshot"):
+            MixtureClusterer.from_snapshot(path, **change)

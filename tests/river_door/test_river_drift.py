@@ -146,3 +146,59 @@ def test_a_threshold_on_calibrated_scores_is_a_rate_of_alarms() -> None:
     # Of 1,800 events 36 are expected to raise an alarm, with a standard deviation of about 6 if they were independent.
     assert 15 <= sum(alarms[1_200:]) <= 60
     assert model.classify(model.score_one({"x": -40.0, "y": 40.0}))
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_scores_of_a_model_that_was_replaced_are_forgotten(many: bool) -> None:
+    import pandas as pd
+
+    model = MixtureAnomalyDetector(
+        n_components=2,
+        warm_up=100,
+        drift_detector=FedScores(at=50),
+        on_drift="reseed",
+        calibration_window=10_000,
+        seed=0,
+    )
+    old = None
+    for start in range(0, 270, 90):
+        piece = BEFORE[start : start + 90]
+        for rows in [piece] if many else [[event] for event in piece]:
+            before = model._learner
+            model.learn_many(pd.DataFrame(rows)) if many else model.learn_one(rows[0])
+            if model._learner is not before:
+                old = before
+                assert model._detector.scores == []
+                assert len(model._recent) == 0
+                assert model.n_drifts == 1
+    for start in range(270, 900, 90):
+        before = model._learner
+        for event in BEFORE[start : start + 90]:
+            model.learn_one(event)
+            if model._learner is not before and old is None:
+                old = before
+                assert (model._detector.scores, len(model._recent)) == ([], 0)
+        if old is not None:
+            break
+    assert old is not None
+
+
+@pytest.mark.parametrize("on_drift", ["forget", "reseed"])
+def test_watched_events_go_the_short_way_and_leave_it_when_the_model_changes(on_drift: Any) -> None:
+    params: dict[str, Any] = {"n_components": 2, "warm_up": 100, "seed": 0, "batch_size": 20, "on_drift": on_drift}
+    short = MixtureAnomalyDetector(**params, drift_detector=FedScores(at=150), calibration_window=500)
+    long = MixtureAnomalyDetector(**params, drift_detector=FedScores(at=150), calibration_window=500)
+    for event in BEFORE[:600]:
+        short.learn_one(event)
+        long._unbind()
+        long._learn_otherwise(event, 1.0)
+    assert short.n_drifts == long.n_drifts >= 1
+    assert short._detector.scores == long._detector.scores
+    assert list(short._recent) == list(long._recent)
+    assert pickle.dumps(short.to_learner().statistics) == pickle.dumps(long.to_learner().statistics)
+    kernel = short._learner.kernel()
+    assert kernel is not None
+    assert short._successor is not None or short._learn is kernel.learn
+    fed, recent = len(short._detector.scores), len(short._recent)
+    short.learn_one(BEFORE[0], w=0.0)
+    assert (len(short._detector.scores), len(short._recent)) == (fed, recent)

@@ -166,3 +166,22 @@ def test_bad_frames_leave_the_model_untouched(n_learned: int) -> None:
     assert model.to_learner().n_events == n_learned
     with pytest.raises(TypeError, match="list"):
         model.learn_many([{"x": 1.0}])
+
+
+def test_columns_that_are_ignored_are_counted_by_their_values() -> None:
+    model = MixtureClusterer(n_components=2, warm_up=50, unknown="ignore", seed=0)
+    model.learn_many(frame("pandas", 100))
+    X = frame("pandas", 4).assign(late=[1.0, None, 3.0, 4.0])
+    X.iloc[2, :3] = None
+    with pytest.warns(UserWarning, match="'late'"):
+        model.learn_many(X)
+    assert model.ignored_features == {"late": 3}
+    assert model.to_learner().n_events == 103
+    for row in rows(X):
+        model.learn_one(row)
+    assert model.ignored_features == {"late": 6}
+    full = MixtureClusterer(n_components=2, warm_up=50, max_features=3, seed=0)
+    full.learn_many(frame("arrow", 100))
+    with pytest.warns(UserWarning, match="'late'"):
+        full.learn_many(X)
+    assert full.ignored_features == {"late": 3}

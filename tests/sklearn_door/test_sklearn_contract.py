@@ -30,6 +30,7 @@ GENERATOR = np.random.default_rng(5)
 LABELS = GENERATOR.integers(3, size=400)
 X = GENERATOR.normal(size=(400, 3)) + 7.0 * LABELS[:, None]
 COUNTS = np.rint(np.abs(X))
+WORDS = pd.DataFrame({"word": [*"abcd" * 50]})
 
 
 @parametrize_with_checks(
@@ -157,6 +158,7 @@ OF_GAUSSIAN: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {
 OF_MODEL: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {
     **SHARED,
     "prior_weight": (batch, 0.01, 10.0, {}),
+    "max_categories": (lambda one: [*one.fit(WORDS).score_samples(WORDS)], 32, 2, {}),
     "families": (lambda one: [*one.fit(COUNTS).score_samples(COUNTS)], None, {"x0": Poisson()}, {}),
 }
 PROGRESS = {"verbose", "verbose_interval", "n_jobs"}
@@ -175,8 +177,7 @@ def test_every_parameter_changes_some_output(estimator: Any, parameter: str) -> 
 
 def test_no_parameter_is_left_untested() -> None:
     assert set(GaussianMixture().get_params()) == OF_GAUSSIAN.keys() | PROGRESS
-    # Vocabularies have a test of their own, with categories to cut off.
-    assert set(MixtureModel().get_params()) == OF_MODEL.keys() | PROGRESS | {"max_categories"}
+    assert set(MixtureModel().get_params()) == OF_MODEL.keys() | PROGRESS
 
 
 def test_threads_change_nothing() -> None:

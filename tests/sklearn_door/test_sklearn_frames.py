@@ -284,3 +284,20 @@ def test_description_tells_components_in_the_columns_own_terms() -> None:
     texts = [" ".join(f"{one.name} {one.text}" for one in component.fields) for component in model.describe()]
     assert sum("country 'DE'" in text for text in texts) == 1
     assert sum("country 'FR'" in text for text in texts) == 1
+
+
+def test_a_name_decides_the_family_whatever_the_type_of_the_column() -> None:
+    model = MixtureModel(2, families={"returned": "gaussian"}, random_state=0).fit(FRAME[["amount", "returned"]])
+    assert model.family_ == Gaussian()
+    flag = MixtureModel(2, families={"returned": Gaussian("diag")}, random_state=0).fit(FRAME[["amount", "returned"]])
+    assert flag.family_.families["returned"] == Gaussian("diag")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("limit", [2, 3, 6])
+def test_a_vocabulary_grows_up_to_the_limit_of_today_and_forgets_nothing(limit: int) -> None:
+    old = pd.DataFrame({"c": ["a", "b", "c"] * 40})
+    new = pd.DataFrame({"c": ["d", "e", "f", "g"] * 40})
+    model = MixtureModel(1, max_categories=3, random_state=0).fit(old)
+    model.set_params(max_categories=limit).partial_fit(new)
+    categories = model._learner._known_schema().fields[0].categories
+    assert categories == tuple("abcdef")[: max(3, limit)]

@@ -723,3 +723,27 @@ def test_what_was_learned_before_attributes_were_set_does_not_merge(name: str) -
         share.merge(changed)
     one, other = (changed.fork().partial_fit(samples) for samples in (X[:500], X[500:]))
     assert one.merge(other).n_samples_seen_ == 2_000
+
+
+def test_partial_fit_learns_at_once_after_a_fit_on_few_rows() -> None:
+    mixture = GaussianMixture(5, random_state=0).fit(X[:50])
+    before = mixture.means_
+    mixture.partial_fit(X[50:90] + 3.0)
+    assert not np.allclose(mixture.means_, before, atol=0.1)
+
+
+@pytest.mark.parametrize("init_params", ["kmeans", "random"])
+def test_the_warm_up_counts_rows_with_weight_and_may_be_changed(init_params: Any) -> None:
+    weight = (np.arange(200) % 2).astype(float)
+    mixture = GaussianMixture(4, warm_up=150, init_params=init_params, random_state=0)
+    mixture.partial_fit(X[:200], sample_weight=weight)
+    assert mixture._learner.warming_up
+    assert mixture.n_samples_seen_ == 100
+    mixture.partial_fit(X[200:280])
+    assert not mixture._learner.warming_up
+    assert mixture.n_samples_seen_ == 180
+    late = GaussianMixture(4, warm_up=1_000, init_params=init_params, random_state=0).partial_fit(X[:100])
+    assert late._learner.warming_up
+    late.set_params(warm_up=50).partial_fit(X[100:110])
+    assert not late._learner.warming_up
+    assert late.n_samples_seen_ == 110
