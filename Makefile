@@ -16,6 +16,12 @@ LOCKED_PLATFORM := import platform as p, sys; \
 # The newest River that Python 3.11 can install, and the two minor versions before it.
 RIVER_VERSIONS := 0.26.1 0.25.0 0.24.2
 
+# The engines that pipelines are tested on, of the version of Beam that they were tested with.
+BEAM_VERSION := 2.77.0
+FLINK_VERSION := 2.2
+FLINK_JOB_SERVER := .jars/flink/beam-runners-flink-$(FLINK_VERSION)-job-server-$(BEAM_VERSION).jar
+PRISM := .jars/prism/prism
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test lint bench river clean
@@ -44,6 +50,39 @@ river: $(RIVER_VERSIONS:%=$(VENV)-river-%/.ready)  ## run River's checks and our
 		echo "River $$version"; \
 		$(ONE_THREAD) $(VENV)-river-$$version/bin/python -m pytest -q tests/river_door stream_em/river || exit 1; \
 	done
+
+.PHONY: flink-jars prism test-flink test-prism
+
+test-flink: $(READY)  ## run the tests of pipelines on Apache Flink
+	@$(MAKE) --no-print-directory flink-jars || echo "Flink's job server cannot be fetched: its tests will be skipped" >&2
+	$(ONE_THREAD) $(BIN)/python -m pytest -rs -m flink tests/beam_door
+
+test-prism: $(READY) prism  ## run the tests of pipelines on Prism
+	$(ONE_THREAD) $(BIN)/python -m pytest -rs -m prism tests/beam_door
+
+flink-jars: $(FLINK_JOB_SERVER)  ## fetch the job server of Apache Flink, by Maven
+
+$(FLINK_JOB_SERVER):
+	mvn --batch-mode --quiet --update-snapshots org.apache.maven.plugins:maven-dependency-plugin:3.8.1:copy \
+		-Dartifact=org.apache.beam:beam-runners-flink-$(FLINK_VERSION)-job-server:$(BEAM_VERSION) \
+		-DoutputDirectory=$(@D)
+
+prism: $(PRISM)  ## build Prism, Beam's own engine, in Go
+
+$(PRISM):
+	GOBIN=$(abspath $(@D)) go install github.com/apache/beam/sdks/v2/go/cmd/prism@v$(BEAM_VERSION)
+
+.PHONY: kafka-jars test-kafka
+
+test-kafka: $(READY) kafka-jars  ## run the tests of ReadKafka against a real Kafka broker
+	$(ONE_THREAD) $(BIN)/python -m pytest -rs tests/beam_door/test_beam_kafka.py
+
+kafka-jars: .jars/kafka/.ready
+
+.jars/kafka/.ready: tests/beam_door/kafka/pom.xml
+	@rm -rf $(@D)
+	mvn --batch-mode --quiet --file $< dependency:copy-dependencies -DoutputDirectory=$(abspath $(@D))
+	@touch $@
 
 clean:  ## remove the virtual environments and every cache
 	rm -rf $(VENV) $(VENV)-river-* build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

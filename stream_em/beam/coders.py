@@ -11,8 +11,10 @@ from stream_em.learners import BatchEM, OnlineEM
 from stream_em.statistics import Statistics
 from stream_em.store import Learner, from_bytes, to_bytes
 
-# What Arrow's schema, metadata and padding take beside the arrays.
-_HEADER_BYTES = 1_500
+# What Arrow's schema, metadata and padding take beside the arrays: at all, and for each of them.
+_HEADER_BYTES, _BYTES_PER_ARRAY = 850, 75
+# What a snapshot takes beside its parameters and statistics.
+_SNAPSHOT_BYTES = 3_500
 
 
 class StatisticsCoder(beam.coders.Coder):
@@ -47,7 +49,10 @@ class StatisticsCoder(beam.coders.Coder):
         return True
 
     def estimate_size(self, value: Statistics | None) -> int:  # noqa: D102 - Beam's
-        return 0 if value is None else value.n_bytes + _HEADER_BYTES
+        if value is None:
+            return 0
+        n_arrays = 1 + sum(len(part.arrays()) for part in value.parts.values())
+        return value.n_bytes + _HEADER_BYTES + _BYTES_PER_ARRAY * n_arrays
 
     def to_type_hint(self) -> Any:  # noqa: D102 - Beam's
         return Statistics
@@ -76,7 +81,7 @@ class LearnerCoder(beam.coders.Coder):
 
     def estimate_size(self, value: Learner) -> int:  # noqa: D102 - Beam's
         # Statistics and parameters are of about the same size.
-        return 2 * _HEADER_BYTES + 2 * (0 if value.statistics is None else value.statistics.n_bytes)
+        return _SNAPSHOT_BYTES + 2 * (0 if value.statistics is None else value.statistics.n_bytes)
 
 
 beam.coders.registry.register_coder(Statistics, StatisticsCoder)

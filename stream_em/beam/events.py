@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from stream_em.columns import Roles, arrow_floats, arrow_seconds, floats_of, seconds_of
 from stream_em.numerics import Array
-from stream_em.schema import Batch, Schema, SchemaError
+from stream_em.schema import Batch, Schema, SchemaError, in_memory
 
 # Single events are gathered into blocks of this many before they are encoded.
 BLOCK_EVENTS = 4_096
@@ -98,8 +98,9 @@ class EventBlocks:
         return rejected
 
     def _encoded(self, element: Any) -> Iterator[Batch]:
-        events = pa.table(element) if _is_frame(element) else element
+        events = element
         try:
+            events = in_memory(element)
             batch = self.schema.encode(*self._set_apart(events), on_error="collect")
         except SchemaError as error:
             self.rejected.append(RejectedEvent(None, str(error), _n_events(events)))
@@ -112,7 +113,7 @@ class EventBlocks:
     def _set_apart(self, events: Any) -> tuple[Any, Array | None, Array | None]:
         """Return the events with nothing but what is the model's, their weights and their times."""
         roles = self.roles
-        if roles == Roles() or isinstance(events, Batch | np.ndarray):
+        if roles == Roles() or not isinstance(events, pa.Table | Sequence) or isinstance(events, str | bytes):
             return events, None, None
         if isinstance(events, pa.Table):
             return (
@@ -120,21 +121,19 @@ class EventBlocks:
                 None if roles.weight is None else arrow_floats(events, roles.weight),
                 None if roles.time is None else arrow_seconds(events, roles.time),
             )
+        # What is no event at all is for the schema to refuse.
+        known = [event if isinstance(event, Mapping) else {} for event in events]
         return (
-            [{name: event[name] for name in roles.model_fields(event)} for event in events],
-            None if roles.weight is None else floats_of([event.get(roles.weight) for event in events]),
-            None if roles.time is None else seconds_of([event.get(roles.time) for event in events]),
+            [{name: event[name] for name in roles.model_fields(event)} for event in known],
+            None if roles.weight is None else floats_of([event.get(roles.weight) for event in known]),
+            None if roles.time is None else seconds_of([event.get(roles.time) for event in known]),
         )
 
 
-def _is_frame(element: Any) -> bool:
-    return not isinstance(element, pa.Table) and (
-        hasattr(element, "__arrow_c_stream__") or hasattr(element, "__arrow_c_array__")
-    )
-
-
 def _n_events(events: Any) -> int:
-    return events.n_events if isinstance(events, Batch) else len(events)
+    if isinstance(events, Batch):
+        return events.n_events
+    return 1 if isinstance(events, str | bytes) or not isinstance(events, Sized) else len(events)
 
 
 def _event(events: Any, index: int) -> Mapping[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -74,8 +74,9 @@ class ExpectationStep(beam.DoFn):
     Notes
     -----
     `process` takes an element (a dict, a list of dicts, an array (n, D), an Arrow table or record batch, a
-    frame, an encoded `Batch`) and, as a side input, the `MixtureParameters` of the E-step. A list or tuple of
-    parameters stands for several starts: then (position, statistics) pairs come out.
+    frame, an encoded `Batch`) and, as a side input, the `MixtureParameters` of the E-step. Several parameters by name,
+    in a mapping, or by position, in a list or tuple, stand for several starts: then (name, statistics) or (position,
+    statistics) pairs come out.
 
     Events that cannot be used go to the output tagged `REJECTED`, each with the reason; how many were used, to
     the one tagged `COUNTS`. Neither fails a bundle.
@@ -118,7 +119,7 @@ class ExpectationStep(beam.DoFn):
     def process(  # noqa: D102 - Beam's
         self,
         element: Any,
-        parameters: MixtureParameters | Sequence[MixtureParameters],
+        parameters: MixtureParameters | Sequence[MixtureParameters] | Mapping[Any, MixtureParameters],
         window: Any = beam.DoFn.WindowParam,
     ) -> Iterator[Any]:
         gathered = self._windows.get(window)
@@ -138,10 +139,8 @@ class ExpectationStep(beam.DoFn):
             gathered.add(gathered.blocks.flush())
             outputs = [*self._take_rejected(gathered), beam.pvalue.TaggedOutput(COUNTS, gathered.counts())]
             self._events.inc(gathered.n_events)
-            for position, statistics in enumerate(gathered.statistics):
-                if statistics is None:
-                    continue
-                outputs.append((position, statistics) if gathered.several else statistics)
+            for name, statistics in gathered.statistics.items():
+                outputs.append((name, statistics) if gathered.several else statistics)
                 if statistics.total_weight > 0.0:
                     self._log_likelihood.update(round(1_000 * statistics.log_likelihood / statistics.total_weight))
             for output in outputs:
@@ -159,21 +158,25 @@ class _Gathered:
     """What a bundle has gathered in one window."""
 
     def __init__(
-        self, bound: Mixture, blocks: EventBlocks, parameters: MixtureParameters | Sequence[MixtureParameters]
+        self,
+        bound: Mixture,
+        blocks: EventBlocks,
+        parameters: MixtureParameters | Sequence[MixtureParameters] | Mapping[Any, MixtureParameters],
     ) -> None:
         self.blocks = blocks
         self.several = not isinstance(parameters, MixtureParameters)
         self.n_events = self.n_rejected = 0
         self._bound = bound
-        self._parameters = (parameters,) if isinstance(parameters, MixtureParameters) else tuple(parameters)
-        self.statistics: list[Statistics | None] = [None] * len(self._parameters)
+        several = [parameters] if isinstance(parameters, MixtureParameters) else parameters
+        self._parameters = dict(several if isinstance(several, Mapping) else enumerate(several))
+        self.statistics: dict[Any, Statistics] = {}
 
     def add(self, batches: Iterable[Batch]) -> None:
         for batch in batches:
             self.n_events += batch.n_events
-            for position, parameters in enumerate(self._parameters):
-                new, known = self._bound.e_step(parameters, batch), self.statistics[position]
-                self.statistics[position] = new if known is None else known.merge(new)
+            for name, parameters in self._parameters.items():
+                new, known = self._bound.e_step(parameters, batch), self.statistics.get(name)
+                self.statistics[name] = new if known is None else known.merge(new)
 
     def counts(self) -> EventCounts:
         return EventCounts(self.n_events, self.n_rejected, tuple(sorted(self.blocks.ignored_fields.items())))
@@ -208,6 +211,10 @@ class MergeStatistics(beam.CombineFn):
         # The one hook that decides how accumulators travel; a coder registered for their type does not.
         return StatisticsCoder()
 
+    def default_type_hints(self) -> Any:  # noqa: D102 - Beam's
+        # By this Beam finds the coder of what comes out; without it, sizes would be estimated by pickling.
+        return beam.typehints.decorators.IOTypeHints.empty().with_output_types(Statistics)
+
 
 def _merged(one: Statistics | None, other: Statistics | None) -> Statistics | None:
     if one is None or other is None:
@@ -238,12 +245,13 @@ class MergePerKey(beam.PTransform):
         self.fanout = fanout
 
     def expand(self, statistics: beam.PCollection) -> beam.PCollection:  # noqa: D102 - Beam's
+        pairs = tuple[Any, Statistics]
         if self.fanout is not None:
             statistics = (
                 statistics
-                | "Spread" >> beam.ParDo(_Spread(self.fanout))
+                | "Spread" >> beam.ParDo(_Spread(self.fanout)).with_output_types(pairs)
                 | "Merge parts" >> beam.CombinePerKey(MergeStatistics())
-                | "Gather" >> beam.MapTuple(lambda key, part: (key[0], part))
+                | "Gather" >> beam.MapTuple(lambda key, part: (key[0], part)).with_output_types(pairs)
             )
         return statistics | "Merge" >> beam.CombinePerKey(MergeStatistics())
 

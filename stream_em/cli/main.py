@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -133,6 +134,31 @@ def fit(config: ConfigFile, overrides: Overrides = None) -> None:
     of events.
     """
     jobs.fit(load_config(config, overrides or []), Console(), read=[config])
+
+
+@app.command(
+    epilog=_epilog(
+        ("Two processes of this machine", "stream-em refit job.yaml -- --direct_num_workers=2"),
+        ("On Flink", "stream-em refit job.yaml -- --runner=FlinkRunner --flink_master=localhost:8081"),
+        keys=True,
+    )
+)
+def refit(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Fit a model by batch EM on Apache Beam, one pipeline for each iteration; any of Beam's options after --.
+
+    Writes a snapshot, a picture, and the events that could not be used. A refit that was interrupted goes on from
+    its last whole iteration when it is started again.
+    """
+    try:
+        from apache_beam.options.pipeline_options import PipelineOptions
+
+        from stream_em.cli import beam_jobs
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"refit needs {error.name}, which is not installed: pip install 'stream-em[beam]'") from error
+    given = overrides or []
+    flags = [one for one in given if one.startswith("--")]
+    keys = [one for one in given if not one.startswith("--")]
+    beam_jobs.refit(load_config(config, keys), Console(), PipelineOptions(flags))
 
 
 @app.command(
@@ -295,13 +321,13 @@ def _fail(message: object, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def main() -> None:
-    """Run the command; errors of the user's making are one message on standard error, and an exit code.
+def run_program(program: Callable[[], object]) -> None:
+    """Run a program; errors of the user's making are one message on standard error, and an exit code.
 
     0: done. 1: the data cannot be used. 2: the command line or the configuration cannot. 130: interrupted.
     """
     try:
-        app()
+        program()
     except (ConfigError, FamilyError) as error:
         _fail(error, EXIT_CONFIG)
     except BrokenPipeError:
@@ -315,3 +341,8 @@ def main() -> None:
         _fail(f"{place}{error.strerror or error}", EXIT_DATA)
     except KeyboardInterrupt:
         _fail("interrupted; nothing was written", EXIT_INTERRUPTED)
+
+
+def main() -> None:
+    """Run the command."""
+    run_program(app)

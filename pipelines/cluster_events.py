@@ -1,0 +1,106 @@
+r"""Learn from events as they come: one model for each key, or one model of all that several shards share.
+
+python -m pipelines.cluster_events --config configs/shuttle.yaml --initial output/refit/model.arrow \
+    --shards 2 --set output.folder=output/online
+
+Reads files, or with --kafka a topic; --key names the column whose every value gets a model. Leaves scored and rejected
+events as JSON Lines, and the snapshots of each model. Any of Beam's options can be added, such as --runner=FlinkRunner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.io.filesystems import FileSystems
+from apache_beam.options.pipeline_options import PipelineOptions
+
+from stream_em import load
+from stream_em.beam.expectation import REJECTED
+from stream_em.beam.kafka import ReadKafka
+from stream_em.beam.online import GlobalUpdate, OnlineUpdate, ScoredEvent
+from stream_em.beam.writing import WriteJsonLines, WriteRejected, WriteSnapshots
+from stream_em.cli.beam_jobs import AsEvents, apart, keeping_key, known_schema, make_read, make_roles, read_job, stem
+from stream_em.cli.build import make_model
+from stream_em.cli.config import ConfigError
+from stream_em.cli.main import run_program
+
+
+class ClusterOptions(PipelineOptions):
+    """Options of the online models."""
+
+    @classmethod
+    def _add_argparse_args(cls, parser: Any) -> None:
+        parser.add_argument("--shards", type=int, default=4, help="without a key: learners that share the events")
+        parser.add_argument("--snapshot_every", type=float, default=3600.0, help="seconds of event time")
+        parser.add_argument("--kafka", metavar="SERVERS", help="read from Kafka: its bootstrap servers")
+        parser.add_argument("--topic", action="append", default=[], help="topic to read; can be repeated")
+
+
+def run(argv: Sequence[str] | None = None) -> None:
+    """Read the options, learn from the events, write what comes out."""
+    options, config = read_job(argv)
+    chosen = options.view_as(ClusterOptions)
+    if options.key is not None:
+        config = keeping_key(config, options.key)
+    output, learner = config.output, config.learner
+    initial = None if options.initial is None else load(options.initial)
+    roles = make_roles(config)
+    update: OnlineUpdate | GlobalUpdate
+    if options.key is not None:
+        schema = known_schema(config, roles, options) if initial is None else None
+        update = OnlineUpdate(
+            None if schema is None else make_model(config.model, schema),
+            schema=schema,
+            initial=initial,
+            schedule=learner.schedule.make(),
+            batch_size=learner.batch_size,
+            warm_up=learner.warm_up,
+            roles=roles,
+            averaging=learner.averaging,
+            snapshot_every=chosen.snapshot_every,
+            seed=learner.seed,
+        )
+    elif initial is not None:
+        update = GlobalUpdate(
+            initial,
+            shards=chosen.shards,
+            batch_size=learner.batch_size,
+            roles=roles,
+            merge_every=chosen.snapshot_every,
+        )
+    else:
+        raise ConfigError(
+            "name the column of the key with --key, or, for one model of all events, the snapshot it starts from with "
+            "--initial: shards of a model must start from the same components"
+        )
+    with beam.Pipeline(options=options) as pipeline:
+        if chosen.kafka is not None:
+            read = ReadKafka({"bootstrap.servers": chosen.kafka}, chosen.topic, time=config.source.time)
+        else:
+            read = make_read(config, keep=apart(config))
+        events, unreadable = pipeline | "Read" >> read
+        keyed, unkeyed = events | beam.ParDo(AsEvents(options.key, config.source.time)).with_outputs(
+            REJECTED, main="events"
+        )
+        if options.key is not None:
+            # Tagged outputs have no types, and Beam wants to know how to encode keys.
+            keyed |= "Typed" >> beam.Map(lambda pair: pair).with_output_types(tuple[str, Any])
+        outputs = keyed | update
+        _ = (
+            outputs.scored
+            | "Rows" >> beam.Map(_row, output.prefix)
+            | "Scored" >> WriteJsonLines(output.folder, stem(output.scored_events, "scored"))
+        )
+        _ = outputs.snapshots | beam.ParDo(WriteSnapshots(FileSystems.join(output.folder, "models")))
+        rejected = (unreadable, unkeyed, outputs.rejected) | beam.Flatten()
+        _ = rejected | "Rejected" >> WriteRejected(output.folder, stem(output.quarantine))
+
+
+def _row(scored: ScoredEvent, prefix: str) -> dict[str, Any]:
+    return {**scored.event, f"{prefix}component": scored.component, f"{prefix}log_prob": scored.log_prob}
+
+
+if __name__ == "__main__":
+    run_program(run)

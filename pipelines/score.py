@@ -1,0 +1,59 @@
+r"""Score the events of files with a snapshot: component, log-density and responsibilities of each event.
+
+python -m pipelines.score --config configs/shuttle.yaml --snapshot output/refit/model.arrow \
+    --set output.folder=output/score
+
+Leaves Parquet files with the columns of the events and those of the scores, and rejected events as JSON Lines. Any of
+Beam's options can be added, such as --runner=FlinkRunner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.ml.inference.base import RunInference
+from apache_beam.options.pipeline_options import PipelineOptions
+
+from stream_em.beam.expectation import REJECTED
+from stream_em.beam.serving import MixtureModelHandler, SplitRejected
+from stream_em.beam.storage import read_file
+from stream_em.beam.writing import WriteRejected, WriteTables, scored_table
+from stream_em.cli.beam_jobs import apart, make_read, make_roles, read_job, stem
+from stream_em.cli.config import ConfigError
+from stream_em.cli.main import run_program
+from stream_em.store import from_bytes
+
+
+class ScoreOptions(PipelineOptions):
+    """Options of the scoring."""
+
+    @classmethod
+    def _add_argparse_args(cls, parser: Any) -> None:
+        parser.add_argument("--snapshot", metavar="FILE", help="snapshot of the model (.arrow)")
+
+
+def run(argv: Sequence[str] | None = None) -> None:
+    """Read the options, score the events, and write them."""
+    options, config = read_job(argv)
+    output, snapshot = config.output, options.view_as(ScoreOptions).snapshot
+    if snapshot is None:
+        raise ConfigError("--snapshot FILE is needed: the model that scores the events")
+    # To learn in each worker that it is no snapshot would be too late.
+    from_bytes(read_file(snapshot), source=snapshot)
+    handler = MixtureModelHandler(snapshot, roles=make_roles(config))
+    as_table = partial(scored_table, prefix=output.prefix, responsibilities=output.responsibilities)
+    with beam.Pipeline(options=options) as pipeline:
+        events, unreadable = pipeline | make_read(config, keep=apart(config))
+        scored, unusable = (
+            events | RunInference(handler) | beam.ParDo(SplitRejected()).with_outputs(REJECTED, main="scored")
+        )
+        _ = scored | "Tables" >> beam.Map(as_table) | WriteTables(output.folder, stem(output.scored_events, "scored"))
+        rejected = (unreadable, unusable) | beam.Flatten()
+        _ = rejected | WriteRejected(output.folder, stem(output.quarantine))
+
+
+if __name__ == "__main__":
+    run_program(run)

@@ -1,0 +1,246 @@
+"""Jobs that run on Apache Beam: what the command `refit` and the pipelines share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+from apache_beam.io.filesystems import FileSystems
+from apache_beam.options.pipeline_options import PipelineOptions
+from rich.console import Console
+
+from stream_em import Schema, save
+from stream_em.beam.events import RejectedEvent
+from stream_em.beam.expectation import REJECTED
+from stream_em.beam.reading import ReadEvents
+from stream_em.beam.refit import Refit
+from stream_em.beam.survey import infer_schema
+from stream_em.beam.writing import WriteRejected
+from stream_em.cli.build import make_model, make_schema, make_source
+from stream_em.cli.config import Config, ConfigError, SourceSection, load_config
+from stream_em.cli.display import component_table, say
+from stream_em.cli.jobs import draw_learner, load_plots
+from stream_em.columns import Roles, seconds_of
+from stream_em.sources import SourceError
+
+WORKING = ".refit"
+"""Folder, within that of the output, where a refit keeps its iterations until it is done."""
+
+
+class JobOptions(PipelineOptions):
+    """Options of every pipeline: the configuration of the job. All of Beam's options can be given as well."""
+
+    @classmethod
+    def _add_argparse_args(cls, parser: Any) -> None:
+        parser.add_argument("--config", metavar="FILE", help="YAML file that describes the job, as for stream-em run")
+        parser.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the YAML file; can be repeated"
+        )
+        parser.add_argument("--key", metavar="COLUMN", help="column whose every value gets a model of its own")
+        parser.add_argument("--initial", metavar="FILE", help="snapshot that every model starts from, as of a refit")
+
+
+def read_job(argv: Sequence[str] | None) -> tuple[JobOptions, Config]:
+    """Return the options of a pipeline and the configuration that they name.
+
+    Raises
+    ------
+    ConfigError
+        When there is no configuration, or it cannot be used.
+
+    """
+    job = PipelineOptions(argv).view_as(JobOptions)
+    if job.config is None:
+        raise ConfigError("--config FILE is needed: the YAML file that describes the job")
+    return job, load_config(job.config, job.set)
+
+
+class ReadChunks(beam.PTransform):
+    """Read any source of the command that can be read again, in one worker; what `ReadEvents` has no eye for."""
+
+    def __init__(self, section: SourceSection, kinds: Mapping[str, str]) -> None:
+        super().__init__()
+        self.section = section
+        self.kinds = kinds
+        source = make_source(section, fields=kinds)
+        if not source.restartable:
+            raise SourceError(f"{source.name}: a pipeline reads its source in its workers; write it to a file first")
+
+    def expand(self, root: Any) -> beam.pvalue.DoOutputsTuple:  # noqa: D102 - Beam's
+        one = root.pipeline | "One" >> beam.Create([None])
+        return one | "Read" >> beam.ParDo(_Chunks(self.section, self.kinds)).with_outputs(REJECTED, main="events")
+
+
+class _Chunks(beam.DoFn):
+    def __init__(self, section: SourceSection, kinds: Mapping[str, str]) -> None:
+        self.section = section
+        self.kinds = kinds
+
+    def process(self, _: None) -> Iterator[Any]:
+        for chunk in make_source(self.section, fields=self.kinds).chunks(65_536):
+            for rejection in chunk.rejected:
+                event = rejection.event if isinstance(rejection.event, Mapping) else None
+                yield beam.pvalue.TaggedOutput(REJECTED, RejectedEvent(event, str(rejection)))
+            if len(chunk):
+                yield chunk.rows
+
+
+def make_roles(config: Config) -> Roles:
+    """Return which columns are not the model's."""
+    section, declared = config.source, config.fields_.fields
+    label = section.label or ("label" if section.river is not None else None)
+    # Under "ignore" the fields that are declared are all that need be read.
+    only = tuple(declared) if declared and config.fields_.unknown == "ignore" else None
+    return Roles(label, section.time, section.weight, tuple(section.exclude), only, declared or {})
+
+
+def make_read(config: Config, *, keep: Sequence[str] = ()) -> beam.PTransform:
+    """Return the transform that reads the source: tables or lists of dicts, and what could not be read.
+
+    `keep` are columns to be read that are not the model's.
+    """
+    section = config.source
+    if section.river is not None or section.limit is not None or section.delimiter is not None or section.path == "-":
+        return ReadChunks(section, config.fields_.fields or {})
+    assert section.path is not None
+    return ReadEvents(
+        section.path,
+        format=None if section.format == "auto" else section.format,
+        roles=make_roles(config),
+        keep=tuple(keep),
+    )
+
+
+def keeping_key(config: Config, key: str) -> Config:
+    """Return the configuration with the column of the key kept from the model.
+
+    Raises
+    ------
+    ConfigError
+        When it is declared as a field of the model.
+
+    """
+    if key in (config.fields_.fields or {}):
+        raise ConfigError(f"--key {key}: is declared in schema.fields, and a key is no field of the model")
+    if key in apart(config):
+        return config
+    section = config.source.model_copy(update={"exclude": [*config.source.exclude, key]})
+    return config.model_copy(update={"source": section})
+
+
+def apart(config: Config) -> list[str]:
+    """Return the columns that are kept from the model and carried into what is written."""
+    roles = make_roles(config)
+    return [name for name in (roles.label, roles.time, roles.weight, *roles.exclude) if name is not None]
+
+
+def stem(name: str | None, otherwise: str = "") -> str:
+    """Return what the names of an output's files begin with."""
+    return otherwise if name is None else Path(name).stem
+
+
+class AsEvents(beam.DoFn):
+    """Tables and lists of dicts in, single events with their timestamps out; (key, event) pairs where there is a key.
+
+    Keys are handed on as text.
+    An event without its key goes to the output tagged `REJECTED`.
+    """
+
+    def __init__(self, key: str | None, time: str | None) -> None:
+        self.key = key
+        self.time = time
+
+    def process(self, element: Any) -> Iterator[Any]:  # noqa: D102 - Beam's
+        if isinstance(element, Mapping):
+            events: list[Any] = [element]
+        elif isinstance(element, list):
+            events = element
+        else:
+            events = pa.table(element).to_pylist()
+        times = (
+            np.full(len(events), np.nan) if self.time is None else seconds_of([one.get(self.time) for one in events])
+        )
+        for event, time in zip(events, times.tolist()):
+            output = event
+            if self.key is not None:
+                if event.get(self.key) is None:
+                    reason = f"field {self.key!r}: the event has no value of it, and its key is needed"
+                    yield beam.pvalue.TaggedOutput(REJECTED, RejectedEvent(event, reason))
+                    continue
+                output = str(event[self.key]), {name: value for name, value in event.items() if name != self.key}
+            # What has no time that can be read keeps the timestamp it has; the model says what is wrong with it.
+            yield output if math.isnan(time) else beam.window.TimestampedValue(output, time)
+
+
+def known_schema(config: Config, roles: Roles, options: PipelineOptions | None, folder: str | None = None) -> Schema:
+    """Return the declared schema, or the one that a first reading of the source infers.
+
+    Raises
+    ------
+    SchemaError
+        When it cannot be inferred.
+
+    """
+    section = config.fields_
+    if section.fields is not None:
+        return make_schema(config, [])
+    inferred = infer_schema(
+        make_read(config), roles=roles, max_categories=section.max_categories, folder=folder, options=options
+    )
+    return Schema(inferred.fields, unknown="ignore" if section.unknown == "ignore" else "refuse")
+
+
+def refit(
+    config: Config, console: Console, options: PipelineOptions | None = None, *, work_folder: str | None = None
+) -> None:
+    """Fit by batch EM, one Beam pipeline for each iteration; write the snapshot and a picture.
+
+    A refit that was interrupted goes on from its last whole iteration when it is started again.
+    """
+    output, section = config.output, config.learner
+    folder = Path(output.folder)
+    working = work_folder or str(folder / WORKING)
+    if output.picture is not None:
+        # To learn at the end of a long refit that no picture can be drawn would be too late.
+        load_plots()
+    roles = make_roles(config)
+    schema = known_schema(config, roles, options, working)
+    result = Refit(
+        make_model(config.model, schema),
+        schema=schema,
+        roles=roles,
+        max_iter=section.max_iter,
+        tol=section.tol,
+        n_init=section.n_init,
+        seed=section.seed,
+        rejected_to=WriteRejected(str(folder), stem(output.quarantine)),
+    ).run(make_read(config), working, options=options, progress=console.is_terminal)
+    fitted, counts = result
+    written = []
+    if output.snapshot is not None:
+        save(fitted, folder / output.snapshot, metadata={"source": config.source.river or config.source.path})
+        written.append(folder / output.snapshot)
+    if output.picture is not None:
+        draw_learner(fitted, folder / output.picture)
+        written.append(folder / output.picture)
+    FileSystems.delete([working])
+    ending = "converged" if fitted.converged else "stopped before it converged: raise learner.max_iter"
+    say(
+        console,
+        f"{counts.n_events:,} events, {len(fitted.history)} iterations, mean log-posterior "
+        f"{fitted.history[-1]:.6g}, {ending}",
+        "bold",
+    )
+    console.print(component_table(fitted))
+    if counts.n_rejected:
+        files = folder / f"{stem(output.quarantine)}-*.jsonl"
+        say(console, f"{counts.n_rejected:,} events could not be used and are in {files}", "yellow")
+    for name, count in counts.ignored_fields:
+        say(console, f"field {name!r} is not in the schema and was ignored in {count:,} events", "yellow")
+    for path in written:
+        say(console, f"wrote {path}")

@@ -1,0 +1,187 @@
+"""The pipelines as a user runs them: real files, a real runner, the command and Beam YAML in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from pipelines import cluster_events, refit, refit_per_key, score
+from stream_em import BatchEM, Gaussian, Mixture, NotFittedError, Schema, SnapshotError, load
+from stream_em.cli.config import ConfigError
+
+ROOT = Path(__file__).parents[2]
+ON_EMBEDDED = ["--runner=FnApiRunner"]
+
+
+def payments(n_events: int = 600) -> pa.Table:
+    generator = np.random.default_rng(5)
+    night = generator.random(n_events) < 0.3
+    return pa.table(
+        {
+            "amount": np.where(night, 900.0, 20.0) + generator.normal(size=n_events),
+            "hour": np.where(night, 3.0, 14.0) + generator.normal(size=n_events),
+            "shop": [f"shop {number}" for number in generator.integers(3, size=n_events)],
+            "at": np.arange(float(n_events)),
+        }
+    )
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "payments").mkdir()
+    table = payments()
+    for number in range(4):
+        pq.write_table(table.slice(150 * number, 150), tmp_path / "payments" / f"{number}.parquet")
+    content: dict[str, Any] = {
+        "source": {"path": "payments", "time": "at", "exclude": ["shop"]},
+        "model": {"n_components": 2},
+        "learner": {"batch_size": 50, "warm_up": 60},
+        "output": {"folder": "output", "picture": None},
+    }
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(content))
+
+    def arguments(*more: str, **sets: str) -> list[str]:
+        overrides = [f"--set={key.replace('__', '.')}={value}" for key, value in sets.items()]
+        return ["--config", "job.yaml", *ON_EMBEDDED, *overrides, *more]
+
+    return arguments
+
+
+def rows_of(pattern: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for path in sorted(Path().glob(pattern)) for line in path.read_text().splitlines()]
+
+
+def test_refit_then_score(job: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    refit.run(job())
+    assert "600 events" in capsys.readouterr().out
+    fitted = load("output/model.arrow")
+    table = payments()
+    in_process = BatchEM(Mixture(Gaussian(), 2), schema=fitted.schema, seed=0).fit(table.select(["amount", "hour"]))
+    assert np.sort(fitted.marginals()[0][:, 0]) == pytest.approx(np.sort(in_process.marginals()[0][:, 0]), rel=1e-6)
+    score.run(job("--snapshot", "output/model.arrow", output__responsibilities="true"))
+    scored = pa.concat_tables(pq.read_table(path) for path in Path("output").glob("scored-*.parquet")).sort_by("at")
+    assert scored.num_rows == 600
+    assert scored["shop"].to_pylist() == table["shop"].to_pylist()
+    expected = fitted.score_events(table.select(["amount", "hour"]))
+    np.testing.assert_allclose(scored["log_prob"].to_numpy(), expected.log_prob, rtol=1e-12)
+    np.testing.assert_array_equal(scored["component"].to_numpy(), expected.component)
+    assert not list(Path("output").glob("quarantine*"))
+
+
+def test_what_cannot_be_read_or_used_is_kept_with_the_reason(job: Callable[..., list[str]]) -> None:
+    (Path("payments") / "broken.parquet").write_bytes(b"PAR1 and no more")
+    strange = payments(50).set_column(0, "amount", [[*[1.0] * 49, float("inf")]])
+    pq.write_table(strange, "payments/strange.parquet")
+    pq.write_table(payments(20).drop_columns(["hour"]), "payments/lacking.parquet")
+    refit.run(job(schema__fields="{amount: numeric, hour: numeric}"))
+    reasons = {row["reason"]: row["n_events"] for row in rows_of("output/quarantine-*.jsonl")}
+    assert any("broken.parquet" in reason for reason in reasons)
+    assert any("'amount': got inf" in reason for reason in reasons)
+    assert next(count for reason, count in reasons.items() if "no column 'hour'" in reason) == 20
+    assert load("output/model.arrow").n_events == 600 + 49
+
+
+def test_no_event_that_can_be_used(job: Callable[..., list[str]]) -> None:
+    with pytest.raises(NotFittedError, match=r"all 600 were rejected.*no column 'price'"):
+        refit.run(job(schema__fields="{price: numeric}"))
+
+
+def test_refit_per_key(job: Callable[..., list[str]]) -> None:
+    pq.write_table(payments(1).set_column(2, "shop", [["tiny"]]), "payments/tiny.parquet")
+    refit_per_key.run(job("--key", "shop"))
+    table = payments()
+    for number in range(3):
+        of_shop = table.filter(pa.compute.equal(table["shop"], f"shop {number}"))
+        fitted = load(f"output/models/shop%20{number}/last.arrow")
+        assert fitted.n_events == of_shop.num_rows
+        assert fitted.schema is not None
+        assert fitted.schema.names == ("amount", "hour")
+    (rejected,) = rows_of("output/quarantine-0*.jsonl")
+    assert "tiny" in rejected["reason"]
+    assert not Path("output/models/tiny").exists()
+
+
+def test_cluster_events_by_key_and_from_a_refit(job: Callable[..., list[str]]) -> None:
+    cluster_events.run(job("--key", "shop", output__folder="keyed"))
+    rows = rows_of("keyed/scored-*.jsonl")
+    assert len(rows) == 600
+    assert sum(row["component"] is None for row in rows) == 3 * 60
+    last = max(Path("keyed/models/shop%200").iterdir())
+    assert load(last).n_events == payments()["shop"].to_pylist().count("shop 0")
+    refit.run(job())
+    cluster_events.run(job("--initial", "output/model.arrow", "--shards=2", output__folder="shared"))
+    assert load(max(Path("shared/models/all").iterdir())).n_events == 600 + 600
+    assert {row["component"] for row in rows_of("shared/scored-*.jsonl")} == {0, 1}
+
+
+def test_options_that_do_not_go_together(job: Callable[..., list[str]]) -> None:
+    with pytest.raises(ConfigError, match="--config FILE is needed"):
+        refit.run(ON_EMBEDDED)
+    with pytest.raises(ConfigError, match="--key COLUMN is needed"):
+        refit_per_key.run(job())
+    with pytest.raises(ConfigError, match="--key, or, for one model"):
+        cluster_events.run(job())
+    with pytest.raises(ConfigError, match="--snapshot FILE is needed"):
+        score.run(job())
+    with pytest.raises(SnapshotError, match=r"job\.yaml: not a readable Arrow file"):
+        score.run(job("--snapshot", "job.yaml"))
+    with pytest.raises(ConfigError, match=r"is declared in schema\.fields"):
+        refit_per_key.run(job("--key", "amount", schema__fields="{amount: numeric}"))
+
+
+def test_a_snapshot_of_another_schema_rejects_every_event(job: Callable[..., list[str]]) -> None:
+    from stream_em import save
+
+    save(BatchEM(Mixture(Gaussian(), 1), schema=Schema({"price": "numeric"})).fit([{"price": 1.0}]), "other.arrow")
+    score.run(job("--snapshot", "other.arrow"))
+    rejected = rows_of("output/quarantine-*.jsonl")
+    assert sum(row["n_events"] for row in rejected) == 600
+    assert all("'price'" in row["reason"] for row in rejected)
+
+
+@pytest.mark.slow
+def test_the_command(job: Callable[..., list[str]]) -> None:
+    command = [sys.executable, "-m", "stream_em.cli", "refit", "job.yaml", "learner.max_iter=3", "--", *ON_EMBEDDED]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "wrote output/model.arrow" in done.stdout
+    assert load("output/model.arrow").n_events == 600
+    refused = subprocess.run([*command[:4], "absent.yaml"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "absent.yaml" in refused.stderr
+
+
+@pytest.mark.slow
+def test_beam_yaml(job: Callable[..., list[str]], tmp_path: Path) -> None:
+    pytest.importorskip("jinja2", reason="Beam YAML needs apache-beam[yaml]")
+    read = {"type": "ReadFromParquet", "config": {"path": "payments/*.parquet"}}
+    fields = {"amount": "numeric", "hour": "numeric"}
+    jobs = {
+        "refit": ("StreamEMRefit", {"snapshot": "model.arrow", "fields": fields, "n_components": 2}),
+        "keys": ("StreamEMRefitPerKey", {"key": "shop", "folder": "models", "fields": fields, "n_components": 2}),
+        "score": ("StreamEMScore", {"snapshot": "model.arrow", "exclude": ["shop", "at"]}),
+    }
+    for name, (kind, config) in jobs.items():
+        write = {"type": "WriteToJson", "config": {"path": f"{name}.json"}}
+        content = {
+            "pipeline": {"type": "chain", "transforms": [read, {"type": kind, "config": config}, write]},
+            "providers": [{"include": str(ROOT / "pipelines" / "providers.yaml")}],
+        }
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
+        command = [sys.executable, "-m", "apache_beam.yaml.main", f"--yaml_pipeline_file={name}.yaml", *ON_EMBEDDED]
+        subprocess.run(command, check=True, capture_output=True)
+    assert sorted(round(row["weight"], 1) for row in rows_of("refit.json*")) == [0.3, 0.7]
+    assert {row["key"] for row in rows_of("keys.json*")} == {"shop 0", "shop 1", "shop 2"}
+    rows = sorted(rows_of("score.json*"), key=lambda row: row["at"])
+    expected = load("model.arrow").log_prob(payments().select(["amount", "hour"]))
+    np.testing.assert_allclose([row["log_prob"] for row in rows], expected, rtol=1e-9)
