@@ -7,7 +7,7 @@ import datetime
 import re
 from pathlib import Path
 
-from benchmarks import detection, files, iteration, river_door, sklearn_door, startup
+from benchmarks import beam_door, detection, files, iteration, river_door, sklearn_door, startup
 from benchmarks.measure import machine
 
 SECTIONS = {
@@ -18,6 +18,7 @@ SECTIONS = {
     "sklearn": sklearn_door.run,
     "river": river_door.run,
     "river_data": river_door.run_on_data,
+    "beam": beam_door.run,
 }
 
 

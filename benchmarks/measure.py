@@ -53,6 +53,6 @@ def machine() -> str:
         if line.startswith("model name"):
             processor = line.split(":", 1)[1].strip()
             break
-    names = ("numpy", "scipy", "pyarrow", "scikit-learn", "river", "numba")
+    names = ("numpy", "scipy", "pyarrow", "scikit-learn", "river", "numba", "apache-beam")
     versions = ", ".join(f"{name} {version(name)}" for name in names)
     return f"{processor}, {platform.system()}, Python {platform.python_version()}, {versions}"

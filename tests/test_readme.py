@@ -1,9 +1,11 @@
-"""The README's own code and commands run as they stand."""
+"""The code and commands of the README, and the code of the other pages, run as they stand."""
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = sorted(page.name for page in (ROOT / "docs").glob("*.md") if "```python" in page.read_text())
 
 
-def blocks(language: str) -> list[str]:
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+def blocks(language: str, text: str = README) -> list[str]:
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
     return [text for of_language, text in fenced if of_language == language]
 
 
@@ -27,6 +31,14 @@ def test_python_runs_in_order(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "model.arrow").exists()
     assert "event 1, field 'x0': got inf" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
+def test_python_of_the_pages_runs_in_order(page: str, tmp_path: Path) -> None:
+    program = "\n".join(blocks("python", (ROOT / "docs" / page).read_text()))
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
@@ -44,13 +56,16 @@ def test_commands_run_in_order(tmp_path: Path) -> None:
         line.split("#")[0].strip()
         for block in blocks("")
         for line in block.splitlines()
-        if line.startswith("stream-em")
+        if line.startswith(("stream-em", "python -m pipelines"))
     ]
-    assert len(commands) >= 5
+    assert len(commands) >= 9
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for command in commands:
-        arguments = shlex.split(command)[1:]
-        done = subprocess.run(
-            [sys.executable, "-m", "stream_em.cli", *arguments], cwd=tmp_path, capture_output=True, text=True
-        )
+        program, *arguments = shlex.split(command)
+        whole = [sys.executable, *(arguments if program == "python" else ["-m", "stream_em.cli", *arguments])]
+        done = subprocess.run(whole, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
     assert pq.read_metadata(tmp_path / "again.parquet").num_rows == 3_000
+    assert sum(pq.read_metadata(path).num_rows for path in (tmp_path / "output" / "score").iterdir()) == 49_097
+    assert (tmp_path / "output" / "segments" / "models" / "sky" / "last.arrow").exists()
