@@ -21,7 +21,18 @@ from stream_em.beam.expectation import REJECTED
 from stream_em.beam.kafka import ReadKafka
 from stream_em.beam.online import GlobalUpdate, OnlineUpdate, ScoredEvent
 from stream_em.beam.writing import WriteJsonLines, WriteRejected, WriteSnapshots
-from stream_em.cli.beam_jobs import AsEvents, apart, keeping_key, known_schema, make_read, make_roles, read_job, stem
+from stream_em.cli.beam_jobs import (
+    AsEvents,
+    apart,
+    keeping_key,
+    known_schema,
+    make_read,
+    make_roles,
+    read_job,
+    remove_outputs,
+    report,
+    stem,
+)
 from stream_em.cli.build import make_model
 from stream_em.cli.config import ConfigError
 from stream_em.cli.main import run_program
@@ -47,6 +58,8 @@ def run(argv: Sequence[str] | None = None) -> None:
     output, learner = config.output, config.learner
     initial = None if options.initial is None else load(options.initial)
     roles = make_roles(config)
+    if chosen.kafka is not None and not chosen.topic:
+        raise ConfigError("--topic NAME is needed with --kafka: the topic to read; it can be repeated")
     update: OnlineUpdate | GlobalUpdate
     if options.key is not None:
         schema = known_schema(config, roles, options) if initial is None else None
@@ -75,6 +88,8 @@ def run(argv: Sequence[str] | None = None) -> None:
             "name the column of the key with --key, or, for one model of all events, the snapshot it starts from with "
             "--initial: shards of a model must start from the same components"
         )
+    names = stem(output.scored_events, "scored"), stem(output.quarantine)
+    remove_outputs(output.folder, *(f"{name}-*.jsonl" for name in names))
     with beam.Pipeline(options=options) as pipeline:
         if chosen.kafka is not None:
             read = ReadKafka({"bootstrap.servers": chosen.kafka}, chosen.topic, time=config.source.time)
@@ -90,16 +105,18 @@ def run(argv: Sequence[str] | None = None) -> None:
         outputs = keyed | update
         _ = (
             outputs.scored
-            | "Rows" >> beam.Map(_row, output.prefix)
-            | "Scored" >> WriteJsonLines(output.folder, stem(output.scored_events, "scored"))
+            | "Rows" >> beam.Map(_row, options.key, output.prefix)
+            | "Scored" >> WriteJsonLines(output.folder, names[0])
         )
         _ = outputs.snapshots | beam.ParDo(WriteSnapshots(FileSystems.join(output.folder, "models")))
         rejected = (unreadable, unkeyed, outputs.rejected) | beam.Flatten()
-        _ = rejected | "Rejected" >> WriteRejected(output.folder, stem(output.quarantine))
+        _ = rejected | "Rejected" >> WriteRejected(output.folder, names[1])
+    report(pipeline, output.folder)
 
 
-def _row(scored: ScoredEvent, prefix: str) -> dict[str, Any]:
-    return {**scored.event, f"{prefix}component": scored.component, f"{prefix}log_prob": scored.log_prob}
+def _row(scored: ScoredEvent, key: str | None, prefix: str) -> dict[str, Any]:
+    of_key = {} if key is None else {key: scored.key}
+    return {**of_key, **scored.event, f"{prefix}component": scored.component, f"{prefix}log_prob": scored.log_prob}
 
 
 if __name__ == "__main__":

@@ -17,7 +17,16 @@ from apache_beam.io.filesystems import FileSystems
 from stream_em import load
 from stream_em.beam.per_key import RefitPerKey
 from stream_em.beam.writing import WriteRejected, WriteSnapshots
-from stream_em.cli.beam_jobs import keeping_key, known_schema, make_read, make_roles, read_job, stem
+from stream_em.cli.beam_jobs import (
+    keeping_key,
+    known_schema,
+    make_read,
+    make_roles,
+    read_job,
+    remove_outputs,
+    report,
+    stem,
+)
 from stream_em.cli.build import make_model
 from stream_em.cli.config import ConfigError
 from stream_em.cli.main import run_program
@@ -44,12 +53,14 @@ def run(argv: Sequence[str] | None = None) -> None:
         seed=section.seed,
         rejected_to=WriteRejected(output.folder, stem(output.quarantine)),
     )
+    remove_outputs(output.folder, f"{stem(output.quarantine)}-*.jsonl", "models/*/last.arrow")
     with beam.Pipeline(options=options) as pipeline:
         events, unreadable = pipeline | make_read(config, keep=[options.key])
-        last = beam.MapTuple(lambda key, learner: (key, float("inf"), learner))
+        last = beam.MapTuple(lambda key, learner: (str(key), float("inf"), learner))
         write = beam.ParDo(WriteSnapshots(FileSystems.join(output.folder, "models")))
         _ = events | refit | "Last" >> last | "Snapshots" >> write
         _ = unreadable | "Unreadable" >> WriteRejected(output.folder, f"{stem(output.quarantine)}-unreadable")
+    report(pipeline, output.folder)
 
 
 if __name__ == "__main__":

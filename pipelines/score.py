@@ -21,7 +21,7 @@ from stream_em.beam.expectation import REJECTED
 from stream_em.beam.serving import MixtureModelHandler, SplitRejected
 from stream_em.beam.storage import read_file
 from stream_em.beam.writing import WriteRejected, WriteTables, scored_table
-from stream_em.cli.beam_jobs import apart, make_read, make_roles, read_job, stem
+from stream_em.cli.beam_jobs import apart, make_read, make_roles, read_job, remove_outputs, report, stem
 from stream_em.cli.config import ConfigError
 from stream_em.cli.main import run_program
 from stream_em.store import from_bytes
@@ -45,14 +45,17 @@ def run(argv: Sequence[str] | None = None) -> None:
     from_bytes(read_file(snapshot), source=snapshot)
     handler = MixtureModelHandler(snapshot, roles=make_roles(config))
     as_table = partial(scored_table, prefix=output.prefix, responsibilities=output.responsibilities)
+    names = stem(output.scored_events, "scored"), stem(output.quarantine)
+    remove_outputs(output.folder, f"{names[0]}-*.parquet", f"{names[1]}-*.jsonl")
     with beam.Pipeline(options=options) as pipeline:
         events, unreadable = pipeline | make_read(config, keep=apart(config))
         scored, unusable = (
             events | RunInference(handler) | beam.ParDo(SplitRejected()).with_outputs(REJECTED, main="scored")
         )
-        _ = scored | "Tables" >> beam.Map(as_table) | WriteTables(output.folder, stem(output.scored_events, "scored"))
+        _ = scored | "Tables" >> beam.Map(as_table) | WriteTables(output.folder, names[0])
         rejected = (unreadable, unusable) | beam.Flatten()
-        _ = rejected | WriteRejected(output.folder, stem(output.quarantine))
+        _ = rejected | WriteRejected(output.folder, names[1])
+    report(pipeline, output.folder)
 
 
 if __name__ == "__main__":

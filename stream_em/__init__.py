@@ -12,6 +12,7 @@ from stream_em.families import (
     Product,
 )
 from stream_em.learners import BatchEM, FittedMixture, NotFittedError, OnlineEM, Prediction
+from stream_em.methods import FIEM, Incremental, VarianceReduced
 from stream_em.models import Mixture, MixtureParameters
 from stream_em.schedules import Constant, HalfLife, Harmonic, RobbinsMonro
 from stream_em.schema import Batch, EventError, Field, Schema, SchemaError
@@ -19,6 +20,7 @@ from stream_em.statistics import MergeError, Statistics
 from stream_em.store import SnapshotError, load, read_metadata, save
 
 __all__ = [
+    "FIEM",
     "Batch",
     "BatchEM",
     "Bernoulli",
@@ -34,6 +36,7 @@ __all__ = [
     "Gaussian",
     "HalfLife",
     "Harmonic",
+    "Incremental",
     "LinearRegression",
     "MergeError",
     "Mixture",
@@ -48,6 +51,7 @@ __all__ = [
     "SchemaError",
     "SnapshotError",
     "Statistics",
+    "VarianceReduced",
     "load",
     "read_metadata",
     "save",

@@ -10,6 +10,9 @@ from stream_em.families import Family
 from stream_em.models import MixtureParameters
 from stream_em.schema import Schema
 
+# A category that is less probable says nothing of a component: it would be shown as 0%.
+LEAST_PROBABILITY = 0.005
+
 
 @dataclass(frozen=True)
 class FieldDescription:
@@ -43,7 +46,8 @@ class ComponentDescription:
     weight
         Mixing weight.
     fields
-        Descriptions, by falling absolute effect.
+        Descriptions, by falling absolute effect. A category field is left out where no category that the
+        component holds is commoner than in the whole mixture, as when the field was never known there.
 
     """
 
@@ -78,7 +82,11 @@ def describe(family: Family, parameters: MixtureParameters, schema: Schema) -> l
                 share = weights @ probabilities
                 excess = (probabilities[component] - share) / np.sqrt(np.maximum(share * (1.0 - share), 1e-12))
                 # Where a component is like the whole, its commonest category says more than the first one.
-                code = int(np.argmax(excess if excess.max() > 1e-9 else probabilities[component]))
+                alike = excess.max() <= 1e-9
+                likely = probabilities[component] >= min(LEAST_PROBABILITY, float(probabilities[component].max()))
+                code = int(np.argmax(probabilities[component] if alike else np.where(likely, excess, -np.inf)))
+                if not alike and excess[code] <= 0.0:
+                    continue
                 text = f"{one.label(code)!r} {probabilities[component, code]:.0%}"
                 effect = float(excess[code])
             else:

@@ -14,15 +14,20 @@ import numpy as np
 import numpy.typing as npt
 
 from stream_em.describe import ComponentDescription, describe
+from stream_em.families.base import FamilyError
+from stream_em.methods import Iteration as Iteration
+from stream_em.methods import Method
+from stream_em.methods import iterate as iterate
+from stream_em.methods import iterations as iterations
 from stream_em.models import Mixture, MixtureParameters
 from stream_em.models.mixture import Posterior
 from stream_em.numerics import Array, check_whole, compiled_or_none
-from stream_em.schedules import LEAST_SHARE, RobbinsMonro, Schedule
+from stream_em.schedules import LEAST_SHARE, HalfLife, Harmonic, RobbinsMonro, Schedule
 from stream_em.schema import OTHER, UNKNOWN_POLICIES, Batch, Schema, SchemaError, in_memory
 from stream_em.seeding import Reservoir, concatenate
 from stream_em.seeding import seed as seed_parameters
 from stream_em.state import State, has_compiled_blocks, has_compiled_form
-from stream_em.statistics import MergeError, Statistics
+from stream_em.statistics import MergeError, Statistics, Window
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -121,7 +126,17 @@ class FittedMixture:
         extend: bool = False,
     ) -> Batch:
         """Return events as a `Batch`, see `Schema.encode`; nothing is learned."""
-        return self._known_schema().encode(events, weight, time, on_error=on_error, extend=extend)
+        batch = self._known_schema().encode(events, weight, time, on_error=on_error, extend=extend)
+        return batch if on_error == "raise" else self._screened(batch)
+
+    def _screened(self, batch: Batch) -> Batch:
+        """Leave out the events that the model has no density for."""
+        try:
+            bound = self.model.bind(batch.schema)
+        except FamilyError:
+            # It has a field that the model cannot take, which learning from it will say.
+            return batch
+        return bound.screen(batch)
 
     def _known_schema(self) -> Schema:
         if self._schema is None:
@@ -263,7 +278,8 @@ class OnlineEM(FittedMixture):
         Events in a mini-batch, which is the unit of the schedule's steps. A larger update is taken in
         pieces of this size; a smaller one counts as a fraction of a step.
     warm_up
-        Events seen before the first parameters; by default 20 for each component, at least 200.
+        Events seen before the first parameters; by default 20 for each component, at least 200, but no more than
+        a `window` holds.
     initial_parameters
         Start from these and skip the warm-up; needs `schema`.
     first_m_step
@@ -272,13 +288,18 @@ class OnlineEM(FittedMixture):
         Whether `parameters` is the running average (Polyak & Ruppert) over the second half of the
         updates or more, never less than the last half and never more than the last three quarters of
         them. E-steps go on from the last iterate.
+    window
+        Learn from the newest events only, no more than this many: a sliding window, which mini-batches enter and leave
+        as a whole, and so do the events of the warm-up. Within it all events count alike, so the schedule is
+        `Harmonic`, the default then, or `HalfLife`. Its statistics are held for each mini-batch in it.
     seed
         Seed of the warm-up's random choices.
 
     Raises
     ------
     ValueError
-        When a number is out of range, or `initial_parameters` come without `schema`.
+        When a number is out of range, `initial_parameters` come without `schema`, or a `window` has less room than
+        a mini-batch or the warm-up, or another schedule.
 
     Notes
     -----
@@ -308,6 +329,7 @@ class OnlineEM(FittedMixture):
         "warm_up",
         "first_m_step",
         "averaging",
+        "window",
         "seed",
     )
 
@@ -323,22 +345,32 @@ class OnlineEM(FittedMixture):
         initial_parameters: MixtureParameters | None = None,
         first_m_step: int = 20,
         averaging: bool = False,
+        window: int | None = None,
         seed: int = 0,
     ) -> None:
         check_whole(batch_size=batch_size, warm_up=1 if warm_up is None else warm_up, first_m_step=first_m_step)
         check_whole(least=0, seed=seed)
+        check_whole(window=1 if window is None else window)
         if unknown not in UNKNOWN_POLICIES:
             raise ValueError(f"unknown={unknown!r}, expected one of {', '.join(UNKNOWN_POLICIES)}")
         if initial_parameters is not None and schema is None:
             raise ValueError("initial_parameters need the schema they are for")
         super().__init__(model, initial_parameters, schema)
-        self._schedule: Schedule = _checked(RobbinsMonro() if schedule is None else schedule)
+        usual = RobbinsMonro() if window is None else Harmonic()
+        self._schedule: Schedule = _checked(usual if schedule is None else schedule, window)
         self.unknown: Literal["refuse", "ignore", "add"] = unknown
         self._batch_size = batch_size
-        self.warm_up = max(200, 20 * model.n_components) if warm_up is None else warm_up
+        usual_warm_up = max(200, 20 * model.n_components)
+        if window is not None:
+            usual_warm_up = min(usual_warm_up, window)
+        self.warm_up = usual_warm_up if warm_up is None else warm_up
         self.first_m_step = first_m_step
         self.averaging = averaging
+        self.window = window
         self.seed = seed
+        if window is not None:
+            _check_room(window, batch_size, self.warm_up)
+        self._window = Window()
         self.ignored_fields: Counter[str] = Counter()
         self.origin = "" if initial_parameters is None else _origin(initial_parameters)
         self._known = State(iterate=initial_parameters)
@@ -376,15 +408,19 @@ class OnlineEM(FittedMixture):
 
     @schedule.setter
     def schedule(self, schedule: Schedule) -> None:
-        half_life = _checked(schedule).half_life
+        half_life = _checked(schedule, self.window).half_life
         if half_life is not None and any(batch.time is None for batch in self._buffer):
             raise ValueError("the events kept aside for the warm-up have no times: set HalfLife after finish_warm_up()")
         self._schedule = schedule
         # The kernel has a copy; what it has learned is taken over before it is dropped.
         state = self._state
         if state.statistics is not None:
-            time = None if half_life is None else state.statistics.time
-            state = replace(state, statistics=replace(state.statistics, half_life=half_life, time=time))
+
+            def refer(one: Statistics) -> Statistics:
+                return replace(one, half_life=half_life, time=None if half_life is None else one.time)
+
+            self._window = self._window.apply(refer)
+            state = replace(state, statistics=refer(state.statistics))
         self._state = state
 
     @property
@@ -395,6 +431,8 @@ class OnlineEM(FittedMixture):
     @batch_size.setter
     def batch_size(self, batch_size: int) -> None:
         check_whole(batch_size=batch_size)
+        if self.window is not None:
+            _check_room(self.window, batch_size, self.warm_up)
         self._batch_size = batch_size
         self._state = self._state
 
@@ -451,7 +489,8 @@ class OnlineEM(FittedMixture):
             # A stream is read by the inference, so it must be kept for the encoding.
             events = in_memory(events)
             schema = Schema.infer(events, unknown=self.unknown)
-        return schema.encode(events, weight, time, on_error=on_error, extend=extend)
+        batch = schema.encode(events, weight, time, on_error=on_error, extend=extend)
+        return batch if on_error == "raise" else self._screened(batch)
 
     def update(self, events: Events, weight: npt.ArrayLike | None = None, time: npt.ArrayLike | None = None) -> Self:
         """Learn from any number of events; return the learner.
@@ -481,15 +520,15 @@ class OnlineEM(FittedMixture):
     def kernel(self) -> EventKernel | None:
         """Return this learner's state as compiled code holds it, for single events, or None.
 
-        There is none during the warm-up, without Numba, and for what has no compiled form: `averaging`, `HalfLife`,
-        families and schedules from outside this library. What the kernel learns, the learner has learned.
+        There is none during the warm-up, without Numba, and for what has no compiled form: `averaging`, `window`,
+        `HalfLife`, families and schedules from outside this library. What the kernel learns, the learner has learned.
         """
         return self._kernel_with("learn", has_compiled_form)
 
     def _kernel_with(self, part: str, has_form: Callable[[Mixture, Schedule], bool]) -> EventKernel | None:
         """Return the kernel once a part of it is compiled, None where there is no compiled form or no way to it."""
         kernel = self._kernel
-        if self.averaging:
+        if self.averaging or self.window is not None:
             return None
         if kernel is not None and part in kernel.__dict__:
             return kernel
@@ -594,7 +633,8 @@ class OnlineEM(FittedMixture):
         bound = self.model.bind(batch.schema)
         statistics, iterate = self._state.statistics, self._state.iterate
         if statistics is not None and known is not None:
-            statistics = self.model.grow(statistics, known, batch.schema, batch)
+            old = known
+            statistics = self._changed(statistics, lambda one: self.model.grow(one, old, batch.schema, batch))
             iterate = bound.m_step(statistics)
         elif iterate is not None and known is not None:
             # Until the first M-step there are parameters but no statistics that could grow.
@@ -637,7 +677,7 @@ class OnlineEM(FittedMixture):
         bound = self._bound_model()
         seen = concatenate(self._buffer)
         start = seed_parameters(self.model, seen, np.random.default_rng(self.seed))
-        statistics = self._expected(bound, start, seen, None)
+        statistics = self._windowed(self._expected(bound, start, seen, None), seen.n_events)
         self._parameters = bound.m_step(statistics)
         self._state = replace(self._state, statistics=statistics, iterate=self._parameters, n_updates=1)
         # What is known of fields that depend on no other needs no settling once these come.
@@ -665,6 +705,18 @@ class OnlineEM(FittedMixture):
             predictions.append(_as_prediction(posterior, parameters.component_ids))
         return statistics if half_life is None else replace(statistics, half_life=half_life, time=newest)
 
+    def _windowed(self, new: Statistics, n_events: int) -> Statistics:
+        """Return what the window comes to with new statistics; without a window, these alone."""
+        if self.window is None:
+            return new
+        self._window = self._window.append(new, n_events, self.batch_size).expire(self.window)
+        return self._window.total
+
+    def _changed(self, statistics: Statistics, change: Callable[[Statistics], Statistics]) -> Statistics:
+        """Return the changed statistics, and change those of the window alike."""
+        self._window = self._window.apply(change)
+        return change(statistics)
+
     def _count(self, piece: Batch) -> None:
         state = self._state
         self._state = replace(
@@ -685,8 +737,8 @@ class OnlineEM(FittedMixture):
             return
         self._count(piece)
         n_events, total_weight = self._state.n_events, self._state.total_weight
-        statistics = new
-        if state.statistics is not None:
+        statistics = self._windowed(new, _n_told(piece))
+        if state.statistics is not None and self.window is None:
             statistics = state.statistics
             retention = self.schedule.retention(
                 n_events / self.batch_size, total_weight, piece.total_weight, statistics.total_weight
@@ -725,7 +777,7 @@ class OnlineEM(FittedMixture):
         statistics = self._state.statistics
         if not absent.all() and statistics is not None:
             self._unseen = tuple(unseen[absent].tolist())
-            statistics = self.model.settle(statistics, unseen[~absent], piece)
+            statistics = self._changed(statistics, lambda one: self.model.settle(one, unseen[~absent], piece))
             self._parameters = bound.m_step(statistics)
             self._state = replace(self._state, statistics=statistics, iterate=self._parameters)
 
@@ -755,7 +807,8 @@ class OnlineEM(FittedMixture):
         state = self._state
         if state.statistics is not None and state.statistics.total_weight > weight:
             retention = weight / state.statistics.total_weight
-            self._state = replace(state, statistics=state.statistics.scale(retention))
+            statistics = self._changed(state.statistics, lambda one: one.scale(retention))
+            self._state = replace(state, statistics=statistics)
         return self
 
     def renumber(self, component_ids: npt.NDArray[np.int64]) -> Self:
@@ -775,7 +828,7 @@ class OnlineEM(FittedMixture):
         if component_ids.shape != (self.model.n_components,) or len(np.unique(component_ids)) != len(component_ids):
             raise ValueError(f"component_ids must be {self.model.n_components} different numbers, got {component_ids}")
         iterate = replace(state.iterate, component_ids=component_ids)
-        statistics = replace(state.statistics, component_ids=component_ids)
+        statistics = self._changed(state.statistics, lambda one: replace(one, component_ids=component_ids))
         self._state = replace(state, iterate=iterate, statistics=statistics)
         self._parameters, self._average = iterate, _Average()
         return self
@@ -786,10 +839,15 @@ class OnlineEM(FittedMixture):
         Raises
         ------
         MergeError
-            When the two do not descend from the same start, or are still warming up.
+            When the two do not descend from the same start, are still warming up, or slide a window.
 
         """
         schema = _check_mergeable(self, other)
+        if not (self.window is None and other.window is None):
+            raise MergeError(
+                "learners with a window cannot be merged: which events are the newest of both depends on an order "
+                "that their blocks do not keep; merge learners with HalfLife, whose forgetting commutes with merging"
+            )
         if self.schedule != other.schedule:
             raise MergeError(f"schedules differ: {self.schedule} and {other.schedule}")
         grown = self if schema is self.schema else other
@@ -848,6 +906,7 @@ class OnlineEM(FittedMixture):
         """
         if self.warming_up or self.statistics is not None:
             raise ValueError("only a learner with initial parameters that has learned nothing yet can resume a fit")
+        statistics = self._windowed(statistics, n_events)
         self._state = replace(
             self._state, statistics=statistics, n_events=n_events, total_weight=statistics.total_weight, n_updates=1
         )
@@ -857,110 +916,28 @@ class OnlineEM(FittedMixture):
         return type(self)(self.model, **{name: getattr(self, name) for name in self.OPTIONS}, **more)
 
 
-def _checked(schedule: Schedule) -> Schedule:
+def _checked(schedule: Schedule, window: int | None) -> Schedule:
     if not isinstance(schedule, Schedule):
         raise ValueError(f"schedule must be Harmonic(), RobbinsMonro(), Constant() or HalfLife(), got {schedule!r}")
+    if window is not None and not isinstance(schedule, Harmonic | HalfLife):
+        raise ValueError(
+            f"a window forgets by leaving events out, and {schedule!r} by step sizes: with a window the schedule is "
+            "Harmonic() or HalfLife()"
+        )
     return schedule
+
+
+def _check_room(window: int, batch_size: int, warm_up: int) -> None:
+    if window < max(batch_size, warm_up):
+        raise ValueError(
+            f"window must hold at least a mini-batch ({batch_size} events) and the warm-up ({warm_up} events), got "
+            f"{window}; set batch_size or warm_up lower"
+        )
 
 
 def _n_told(batch: Batch) -> int:
     """Return how many events have weight: the others say nothing, and move no clock."""
     return batch.n_events if batch.weight is None else int(np.count_nonzero(batch.weight))
-
-
-class Iteration(NamedTuple):
-    """One iteration of batch EM.
-
-    Parameters
-    ----------
-    parameters
-        The parameters after its M-step.
-    statistics
-        The expected sufficient statistics of its E-step.
-    objective
-        Mean log-posterior, up to a constant, of the parameters before its M-step.
-    prior
-        The prior of its M-step.
-
-    """
-
-    parameters: MixtureParameters
-    statistics: Statistics
-    objective: float
-    prior: Any
-
-
-def iterate(bound: Mixture, parameters: MixtureParameters, statistics: Statistics, prior: Any = None) -> Iteration:
-    """Return the iteration of batch EM that these statistics, the E-step at these parameters, belong to.
-
-    Parameters
-    ----------
-    bound
-        The mixture, bound to the schema of the events.
-    parameters
-        The parameters of the E-step.
-    statistics
-        The expected sufficient statistics of all the events.
-    prior
-        What `Mixture.prior` returned, by default for these statistics.
-
-    """
-    prior = bound.prior(statistics) if prior is None else prior
-    log_posterior = statistics.log_likelihood + bound.log_prior(parameters, prior)
-    maximum = bound.m_step(statistics, prior)
-    return Iteration(maximum, statistics, log_posterior / max(statistics.total_weight, 1e-300), prior)
-
-
-def iterations(
-    bound: Mixture,
-    parameters: MixtureParameters,
-    batches: Callable[[], Iterable[Batch]],
-    *,
-    prior: Any = None,
-    n_threads: int = 1,
-) -> Iterator[Iteration]:
-    """Yield the iterations of batch EM, without end.
-
-    Parameters
-    ----------
-    bound
-        The mixture, bound to the schema of the events.
-    parameters
-        Where to start.
-    batches
-        Returns the encoded events, in one batch or several, once for each iteration.
-    prior
-        What `Mixture.prior` returned, by default for the statistics of the first iteration.
-    n_threads
-        Threads that share the blocks of a large batch.
-
-    >>> from stream_em import Gaussian
-    >>> batch = Schema({"x": "numeric"}).encode(np.array([[0.0], [2.0]]))
-    >>> bound = Mixture(Gaussian(), 1).bind(batch.schema)
-    >>> next(iterations(bound, bound.pooled(batch), lambda: [batch])).parameters.components.mean
-    array([[1.]])
-
-    """
-    while True:
-        statistics = _expected_of_all(bound, parameters, batches(), n_threads)
-        iteration = iterate(bound, parameters, statistics, prior)
-        parameters, prior = iteration.parameters, iteration.prior
-        yield iteration
-
-
-def _expected_of_all(
-    bound: Mixture, parameters: MixtureParameters, batches: Iterable[Batch], n_threads: int
-) -> Statistics:
-    total: Statistics | None = None
-    for batch in batches:
-        statistics = bound.e_step(parameters, batch, n_threads=n_threads)
-        total = statistics if total is None else total.merge(statistics)
-    if total is None:
-        raise SchemaError(
-            "the events could be read only once, and batch EM needs several passes; pass a function that returns a "
-            "fresh iterator each time"
-        )
-    return total
 
 
 @dataclass(frozen=True, eq=False)
@@ -981,6 +958,8 @@ class BatchRun:
         Mean log-posterior of each iteration, up to a constant.
     converged
         Whether the last iteration gained less than the tolerance.
+    halvings
+        How often a step of the method was halved to stay within the parameter space.
 
     >>> from stream_em import Gaussian
     >>> batch = Schema({"x": "numeric"}).encode(np.array([[0.0], [2.0]]))
@@ -998,6 +977,7 @@ class BatchRun:
     statistics: Statistics | None = None
     history: tuple[float, ...] = ()
     converged: bool = False
+    halvings: int = 0
 
     @classmethod
     def begin(cls, start: MixtureParameters) -> BatchRun:
@@ -1017,10 +997,32 @@ class BatchRun:
             Converged when the mean log-posterior gains less than this.
 
         """
-        iteration = iterate(bound, self.parameters, statistics, self.prior)
+        return self.include(iterate(bound, self.parameters, statistics, self.prior), tol)
+
+    def include(self, iteration: Iteration, tol: float, *, monotone: bool = True) -> BatchRun:
+        """Return the run with one more iteration.
+
+        Parameters
+        ----------
+        iteration
+            The iteration, by whatever method it was made.
+        tol
+            Converged when the mean log-posterior gains less than this.
+        monotone
+            Whether it never falls but by rounding, as in batch EM; elsewhere a fall is no sign of convergence.
+
+        """
         history = (*self.history, iteration.objective)
-        converged = len(history) > 1 and history[-1] - history[-2] < tol
-        return BatchRun(iteration.parameters, self.origin, iteration.prior, statistics, history, converged)
+        gain = history[-1] - history[-2] if len(history) > 1 else math.inf
+        return BatchRun(
+            iteration.parameters,
+            self.origin,
+            iteration.prior,
+            iteration.statistics,
+            history,
+            (gain if monotone else abs(gain)) < tol,
+            self.halvings + iteration.halvings,
+        )
 
     def finished(self, max_iter: int) -> bool:
         """Whether no iteration is to follow."""
@@ -1039,12 +1041,16 @@ class BatchEM(FittedMixture):
     ----------
     model
         The mixture.
+    method
+        How the iterations combine the statistics of the events: None for batch EM, or `Incremental`,
+        `VarianceReduced` or `FIEM`, whose iterations are epochs and which hold the events in memory.
     schema
         Fields of the events; inferred from the first events when None.
     max_iter
         Most EM iterations, >= 1.
     tol
-        Converged when the mean log-posterior gains less than this in an iteration, >= 0.
+        Converged when the mean log-posterior gains less than this in an iteration, >= 0; with a `method`, when it
+        changes by less.
     n_init
         Number of starts; the one with the highest log-posterior is kept.
     initial_parameters
@@ -1069,6 +1075,8 @@ class BatchEM(FittedMixture):
         Mean log-posterior of each iteration of the kept start, up to a constant.
     converged
         Whether the kept start converged before `max_iter`.
+    halvings
+        How often a step of the method was halved to stay within the parameter space; 0 in batch EM.
     statistics
         Expected sufficient statistics of the last E-step.
     n_events
@@ -1082,12 +1090,13 @@ class BatchEM(FittedMixture):
 
     """
 
-    OPTIONS: ClassVar[tuple[str, ...]] = ("max_iter", "tol", "n_init", "seed_events", "n_threads", "seed")
+    OPTIONS: ClassVar[tuple[str, ...]] = ("method", "max_iter", "tol", "n_init", "seed_events", "n_threads", "seed")
 
     def __init__(
         self,
         model: Mixture,
         *,
+        method: Method | None = None,
         schema: Schema | None = None,
         max_iter: int = 100,
         tol: float = 1e-3,
@@ -1104,7 +1113,10 @@ class BatchEM(FittedMixture):
             raise ValueError(f"tol must be >= 0, got {tol!r}")
         if initial_parameters is not None and schema is None:
             raise ValueError("initial_parameters need the schema they are for")
+        if not isinstance(method, Method | None):
+            raise ValueError(f"method must be None, Incremental(), VarianceReduced() or FIEM(), got {method!r}")
         super().__init__(model, None, schema)
+        self.method = method
         self.max_iter = max_iter
         self.tol = tol
         self.n_init = n_init
@@ -1114,6 +1126,7 @@ class BatchEM(FittedMixture):
         self.seed = seed
         self.history: list[float] = []
         self.converged = False
+        self.halvings = 0
         self.n_events = 0
         self.ignored_fields: Counter[str] = Counter()
         self.statistics: Statistics | None = None
@@ -1184,6 +1197,7 @@ class BatchEM(FittedMixture):
         """
         self._bound, self._schema, self._parameters = bound, bound.schema, run.parameters
         self.statistics, self.history, self.converged = run.statistics, list(run.history), run.converged
+        self.halvings = run.halvings
         self.n_events, self.ignored_fields, self.origin = n_events, Counter(ignored_fields or {}), run.origin
         return self
 
@@ -1237,9 +1251,11 @@ class BatchEM(FittedMixture):
         advance: Callable[[str], None],
     ) -> BatchRun:
         run = BatchRun.begin(start)
+        steps = (iterations if self.method is None else self.method.iterations)(
+            bound, start, batches, n_threads=self.n_threads
+        )
         while not run.finished(self.max_iter):
-            statistics = _expected_of_all(bound, run.parameters, batches(), self.n_threads)
-            run = run.advance(bound, statistics, self.tol)
+            run = run.include(next(steps), self.tol, monotone=self.method is None)
             advance(f"mean log-posterior {run.objective:.6g}")
         return run
 

@@ -165,7 +165,8 @@ class HalfLife:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.half_life) and self.half_life > 0.0):
             raise ValueError(
-                f"half_life must be a finite number > 0 in the units of event time, got {self.half_life!r}"
+                f"half_life must be a finite number > 0 in the units of event time, got {self.half_life!r}: the weight "
+                "2^(-age / half_life) must fall with an event's age, neither at once nor never (that is Harmonic)"
             )
 
     def retention(self, step: float, total_weight: float, batch_weight: float, state_weight: float) -> float:

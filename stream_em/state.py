@@ -51,6 +51,7 @@ def has_compiled_form(model: Mixture, schedule: Schedule) -> bool:
     # A prior too weak to keep covariances well-defined asks for repairs that only NumPy makes.
     return (
         type(schedule) in COMPILED_SCHEDULES
+        and type(model) is Mixture
         and model.prior_weight >= WEAK_PRIOR
         and all(type(family) in COMPILED_FAMILIES for family, _ in _leaves(model))
     )

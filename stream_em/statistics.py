@@ -7,17 +7,25 @@ everything at large offsets. Merging is the pairwise update of Chan, Golub & LeV
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from stream_em.arrays import from_rows, to_rows
-from stream_em.numerics import Array, safe_divide
+from stream_em.numerics import EPSILON, Array, safe_divide
 
 HEADER_KEY = b"stream_em_statistics"
+
+# A difference is rounding when it is less than this share of what it is the difference of.
+ROUNDING_OF_DIFFERENCES = 64.0 * EPSILON
+
+# Eigenvalues of a scatter, in units of what it is the difference of, down to minus this are rounding too.
+ROUNDING_OF_EIGENVALUES = 1e-12
 
 
 class MergeError(ValueError):
@@ -51,6 +59,13 @@ class Sums:
     def scale(self, factor: float) -> Sums:
         """Return the statistics with each event's weight multiplied by `factor`."""
         return Sums(self.values * factor)
+
+    @classmethod
+    def combine(cls, coefficients: Array, parts: Sequence[Sums]) -> Sums | None:
+        """Return the linear combination, or None where a sum would be negative, see `linear_combination`."""
+        terms = np.stack([part.values for part in parts]) * _along(coefficients, parts[0].values)
+        values = _without_rounding(np.add.reduce(terms), np.add.reduce(np.abs(terms)))
+        return cls(values) if (values >= 0.0).all() else None
 
     def select(self, order: npt.NDArray[np.intp]) -> Sums:
         """Return the statistics of the components at these positions."""
@@ -117,6 +132,37 @@ class Moments:
         """Return the statistics with each event's weight multiplied by `factor`; means do not move."""
         return Moments(self.weight * factor, self.mean, self.scatter * factor)
 
+    @classmethod
+    def combine(cls, coefficients: Array, parts: Sequence[Moments]) -> Moments | None:
+        """Return the linear combination of the raw moments, or None where it is that of no events.
+
+        All is taken about the mean of the first part, so nothing is lost at large offsets.
+        """
+        first = parts[0]
+        weights = np.stack([part.weight for part in parts]) * _along(coefficients, first.weight)
+        weight = _without_rounding(np.add.reduce(weights), np.add.reduce(np.abs(weights)))
+        if not (weight >= 0.0).all():
+            return None
+        of_fields = weights if first.is_separate else weights[..., None]
+        means = np.stack([part.mean for part in parts])
+        shift = np.add.reduce(of_fields * (means - first.mean))
+        mean = first.mean + safe_divide(shift, weight if first.is_separate else weight[:, None])
+        deviations = means - mean
+        scatters = np.stack([part.scatter for part in parts]) * _along(coefficients, first.scatter)
+        size = np.abs(of_fields) * deviations * deviations
+        if first.is_separate:
+            scatter = np.add.reduce(scatters) + np.add.reduce(of_fields * deviations * deviations)
+            scatter = _without_rounding(scatter, np.add.reduce(np.abs(scatters) + size))
+            possible = (scatter >= 0.0).all() and not scatter[weight == 0.0].any()
+            return cls(weight, mean, scatter) if possible else None
+        products = "tk,tki,tkj->ij" if first.is_tied else "tk,tki,tkj->kij"
+        scatter = np.add.reduce(scatters) + np.einsum(products, weights, deviations, deviations)
+        scatter = 0.5 * (scatter + scatter.swapaxes(-1, -2))
+        extent = np.add.reduce(np.abs(np.diagonal(scatters, axis1=-2, axis2=-1)))
+        extent = extent + np.add.reduce(size, axis=(0, 1) if first.is_tied else 0)
+        possible = _is_positive(scatter, extent) and (first.is_tied or not scatter[weight == 0.0].any())
+        return cls(weight, mean, scatter) if possible else None
+
     @property
     def is_separate(self) -> bool:
         """Whether each field has its own weight and scatter."""
@@ -153,6 +199,27 @@ class Moments:
         if self.is_tied:
             return self.scatter + (self.weight[:, None] * self.mean).T @ self.mean
         return self.scatter + self.weight[:, None, None] * self.mean[:, :, None] * self.mean[:, None, :]
+
+
+def _along(coefficients: Array, array: Array) -> Array:
+    """Return the coefficients (T,) so that they multiply a stack (T, ...) of such arrays."""
+    return coefficients.reshape(-1, *[1] * array.ndim)
+
+
+def _without_rounding(values: Array, extent: Array) -> Array:
+    """Return differences of numbers of this extent, those that are nothing but rounding as 0."""
+    return np.where(np.abs(values) <= ROUNDING_OF_DIFFERENCES * extent, 0.0, values)
+
+
+def _is_positive(scatter: Array, extent: Array) -> bool:
+    """Whether matrices (..., D, D), differences of ones with diagonals `extent`, are positive semidefinite."""
+    unit = np.sqrt(np.where(extent > 0.0, extent, 1.0))
+    relative = scatter / unit[..., :, None] / unit[..., None, :]
+    try:
+        np.linalg.cholesky(relative + ROUNDING_OF_EIGENVALUES * np.eye(scatter.shape[-1]))
+    except np.linalg.LinAlgError:
+        return False
+    return True
 
 
 Part = Sums | Moments
@@ -328,3 +395,119 @@ class Statistics:
                 of_parts[name][of_array] = array
         parts = {name: _KINDS[kind](**of_parts[name]) for name, kind in header["parts"].items()}
         return cls(parts, header["log_likelihood"], arrays["component_ids"], header["half_life"], header["time"])
+
+
+def linear_combination(terms: Sequence[tuple[float, Statistics]]) -> Statistics | None:
+    """Return the sum of coefficients times statistics, or None where no events have such statistics.
+
+    Coefficients may be negative, and then a weight, a sum or a scatter can come out negative: the combination lies
+    outside the cone of what events can have. Differences within rounding of 0 are 0.
+
+    Parameters
+    ----------
+    terms
+        Coefficients with the statistics they multiply; one at least.
+
+    Raises
+    ------
+    MergeError
+        When the component ids or the shapes differ, or statistics fade with event time.
+
+    >>> one = Statistics({"components": Sums(np.array([1.0]))}, -2.0, np.array([0]))
+    >>> linear_combination([(3.0, one), (-1.0, one)]).weights, linear_combination([(-1.0, one)])
+    (array([2.]), None)
+
+    """
+    first = terms[0][1]
+    if any(statistics.half_life is not None for _, statistics in terms):
+        raise MergeError("statistics that fade with event time have no linear combination other than their merge")
+    coefficients = np.array([coefficient for coefficient, _ in terms])
+    aligned = [statistics._aligned_to(first) for _, statistics in terms]
+    parts: dict[str, Part] = {}
+    for name, part in first.parts.items():
+        alike: list[Any] = [statistics.parts[name] for statistics in aligned]
+        combined = part.combine(coefficients, alike)
+        if combined is None:
+            return None
+        parts[name] = combined
+    log_likelihood = sum(coefficient * statistics.log_likelihood for coefficient, statistics in terms)
+    return Statistics(parts, log_likelihood, first.component_ids)
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """The statistics of the newest blocks of a stream, merged without ever taking any back.
+
+    A queue of two stacks: the older blocks are held as what each and those after it come to, so leaving the oldest
+    out is leaving out the first; the newer ones are merged as they come. Each block is merged three times in all.
+
+    Parameters
+    ----------
+    older
+        Statistics of each of the older blocks and the older ones after it, oldest first.
+    newer
+        Statistics of each of the newer blocks, oldest first.
+    of_newer
+        Their merge, None when there is none.
+    counts
+        Events in each block of both, oldest first.
+
+    >>> window = Window()
+    >>> for weight in (1.0, 2.0, 4.0):
+    ...     one = Statistics({"components": Sums(np.array([weight]))}, 0.0, np.array([0]))
+    ...     window = window.append(one, n_events=10, block=10).expire(most=20)
+    >>> window.total.weights, window.n_events
+    (array([6.]), 20)
+
+    """
+
+    older: tuple[Statistics, ...] = ()
+    newer: tuple[Statistics, ...] = ()
+    of_newer: Statistics | None = None
+    counts: tuple[int, ...] = ()
+
+    @property
+    def n_events(self) -> int:
+        """Events in the window."""
+        return sum(self.counts)
+
+    @property
+    def total(self) -> Statistics:
+        """The statistics of all the blocks; there must be one."""
+        if self.of_newer is None:
+            return self.older[0]
+        return self.older[0].merge(self.of_newer) if self.older else self.of_newer
+
+    def append(self, statistics: Statistics, n_events: int, block: int) -> Window:
+        """Return the window with statistics of more events; they fill up the newest block as long as all fit in it.
+
+        Parameters
+        ----------
+        statistics
+            Their statistics.
+        n_events
+            How many they are.
+        block
+            Most events in a block, unless they come together.
+
+        """
+        of_newer = statistics if self.of_newer is None else self.of_newer.merge(statistics)
+        if self.newer and self.counts[-1] + n_events <= block:
+            filled = *self.newer[:-1], self.newer[-1].merge(statistics)
+            return Window(self.older, filled, of_newer, (*self.counts[:-1], self.counts[-1] + n_events))
+        return Window(self.older, (*self.newer, statistics), of_newer, (*self.counts, n_events))
+
+    def expire(self, most: int) -> Window:
+        """Return the window without the oldest blocks, so that it holds no more events than this; the newest stays."""
+        window, n_events = self, self.n_events
+        while n_events > most and len(window.counts) > 1:
+            n_events -= window.counts[0]
+            older = window.older or tuple(accumulate(reversed(window.newer), lambda later, one: one.merge(later)))[::-1]
+            newer, of_newer = (window.newer, window.of_newer) if window.older else ((), None)
+            window = Window(older[1:], newer, of_newer, window.counts[1:])
+        return window
+
+    def apply(self, change: Callable[[Statistics], Statistics]) -> Window:
+        """Return the window with a change made to all its statistics, one that commutes with merging."""
+        of_newer = None if self.of_newer is None else change(self.of_newer)
+        return Window(tuple(map(change, self.older)), tuple(map(change, self.newer)), of_newer, self.counts)

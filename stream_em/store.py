@@ -24,12 +24,13 @@ import pyarrow as pa
 from stream_em.arrays import ROWS, Arrays, columns_of, from_rows, to_rows
 from stream_em.families import family_from_specification, specification_of_family
 from stream_em.learners import BatchEM, BatchRun, OnlineEM, _Average
+from stream_em.methods import FIEM, Incremental, Method, VarianceReduced
 from stream_em.models import Mixture, MixtureParameters
 from stream_em.schedules import Constant, HalfLife, Harmonic, RobbinsMonro, Schedule
 from stream_em.schema import Batch, Field, Schema
 from stream_em.seeding import concatenate
 from stream_em.state import State
-from stream_em.statistics import Moments, Statistics, Sums
+from stream_em.statistics import Moments, Statistics, Sums, Window
 
 FORMAT_VERSION = 1
 HEADER_KEY = b"stream_em"
@@ -40,6 +41,7 @@ SCHEDULES: dict[str, type[Schedule]] = {
     "constant": Constant,
     "half_life": HalfLife,
 }
+METHODS: dict[str, type[Method]] = {"incremental": Incremental, "variance_reduced": VarianceReduced, "fiem": FIEM}
 
 Learner = OnlineEM | BatchEM
 
@@ -234,27 +236,33 @@ def _state_of(learner: Learner) -> tuple[dict[str, Any], Arrays]:
     }
     statistics = learner.statistics
     if statistics is not None:
-        header["statistics"] = {
-            "log_likelihood": statistics.log_likelihood,
-            "half_life": statistics.half_life,
-            "time": statistics.time,
-        }
-        arrays["statistics/component_ids"] = statistics.component_ids
-        for part_name, part in statistics.parts.items():
-            arrays.update({f"statistics/parts/{part_name}:{key}": array for key, array in part.arrays().items()})
+        header["statistics"] = _add_statistics(arrays, "statistics", statistics)
     if isinstance(learner, BatchEM):
         if learner._parameters is None:
             raise SnapshotError("a BatchEM must be fitted before it is saved")
-        header["learner"] |= {"history": learner.history, "converged": learner.converged}
+        header["learner"] |= {
+            "method": None if learner.method is None else _specification_of("method", learner.method, METHODS),
+            "history": learner.history,
+            "converged": learner.converged,
+            "halvings": learner.halvings,
+        }
         _add_parameters(arrays, "parameters", learner, learner._parameters)
         return header, arrays
     header["learner"] |= {
-        "schedule": _specification_of_schedule(learner.schedule),
+        "schedule": _specification_of("schedule", learner.schedule, SCHEDULES),
         "total_weight": learner._state.total_weight,
         "n_updates": learner._state.n_updates,
         "unseen": list(learner._unseen),
         "n_averaged": [learner._average.n_reported, learner._average.n_running],
     }
+    if learner.window is not None:
+        header["blocks"] = {
+            "counts": list(learner._window.counts),
+            **{
+                name: [_add_statistics(arrays, f"{name}/{at}", one) for at, one in enumerate(blocks)]
+                for name, blocks in _blocks_of(learner._window).items()
+            },
+        }
     for name, parameters in (
         ("iterate", learner._state.iterate),
         ("reported", learner._average.reported),
@@ -270,6 +278,18 @@ def _state_of(learner: Learner) -> tuple[dict[str, Any], Arrays]:
     return header, arrays
 
 
+def _add_statistics(arrays: Arrays, name: str, statistics: Statistics) -> dict[str, Any]:
+    """Add the arrays of statistics; return what else they hold."""
+    arrays[f"{name}/component_ids"] = statistics.component_ids
+    for part_name, part in statistics.parts.items():
+        arrays.update({f"{name}/parts/{part_name}:{key}": array for key, array in part.arrays().items()})
+    return {
+        "log_likelihood": statistics.log_likelihood,
+        "half_life": statistics.half_life,
+        "time": statistics.time,
+    }
+
+
 def _add_parameters(arrays: Arrays, name: str, learner: Learner, parameters: MixtureParameters) -> None:
     arrays[f"{name}/weights"] = parameters.weights
     arrays[f"{name}/component_ids"] = parameters.component_ids
@@ -277,13 +297,32 @@ def _add_parameters(arrays: Arrays, name: str, learner: Learner, parameters: Mix
     arrays.update({f"{name}/components/{key}": array for key, array in family.arrays(parameters.components).items()})
 
 
-def _specification_of_schedule(schedule: Schedule) -> dict[str, Any]:
-    for kind, one in SCHEDULES.items():
-        if type(schedule) is one:
-            return {"kind": kind, **vars(schedule)}
-    raise SnapshotError(
-        f"a schedule of type {type(schedule).__name__} cannot be saved; use one of {', '.join(SCHEDULES)}"
+def _blocks_of(window: Window) -> dict[str, tuple[Statistics, ...]]:
+    of_newer = () if window.of_newer is None else (window.of_newer,)
+    return {"older": window.older, "newer": window.newer, "of_newer": of_newer}
+
+
+def _window_of(
+    learner: Learner, parameters: MixtureParameters | None, blocks: Mapping[str, Any], arrays: Arrays
+) -> Window:
+    older, newer, of_newer = (
+        tuple(
+            _statistics_of(learner, parameters, scalars, arrays, f"{name}/{at}")
+            for at, scalars in enumerate(blocks[name])
+        )
+        for name in ("older", "newer", "of_newer")
     )
+    counts = tuple(_whole(count) for count in blocks["counts"])
+    if len(counts) != len(older) + len(newer) or len(of_newer) != min(1, len(newer)):
+        raise ValueError("the blocks of the window do not fit together")
+    return Window(older, newer, of_newer[0] if of_newer else None, counts)
+
+
+def _specification_of(what: str, setting: Schedule | Method, kinds: Mapping[str, type[Any]]) -> dict[str, Any]:
+    for kind, one in kinds.items():
+        if type(setting) is one:
+            return {"kind": kind, **vars(setting)}
+    raise SnapshotError(f"a {what} of type {type(setting).__name__} cannot be saved; use one of {', '.join(kinds)}")
 
 
 def _specification_of_schema(schema: Schema) -> dict[str, Any]:
@@ -334,14 +373,18 @@ def _learner_of(header: dict[str, Any], arrays: Arrays) -> Learner:
     if header["kind"] == "BatchEM":
         history = [_finite(value) for value in options.pop("history")]
         converged = bool(options.pop("converged"))
-        learner = BatchEM(model, schema=schema, **options)
+        # Snapshots of earlier versions, which had but one method, name none.
+        halvings = _whole(options.pop("halvings", 0))
+        stated = options.pop("method", None)
+        method = None if stated is None else METHODS[stated["kind"]](**{k: v for k, v in stated.items() if k != "kind"})
+        learner = BatchEM(model, method=method, schema=schema, **options)
         parameters = _parameters_of(learner, arrays, "parameters")
         if parameters is None:
             raise ValueError("there are no parameters")
         statistics = None
         if header["statistics"] is not None:
             statistics = _statistics_of(learner, parameters, header["statistics"], arrays)
-        run = BatchRun(parameters, "", None, statistics, tuple(history), converged)
+        run = BatchRun(parameters, "", None, statistics, tuple(history), converged, halvings)
         learner.adopt(run, learner._bound_model(), n_events=n_events)
     elif header["kind"] == "OnlineEM":
         total_weight, n_updates = _finite(options.pop("total_weight")), _whole(options.pop("n_updates"))
@@ -362,6 +405,8 @@ def _learner_of(header: dict[str, Any], arrays: Arrays) -> Learner:
             total_weight,
             n_updates,
         )
+        if learner.window is not None:
+            learner._window = _window_of(learner, iterate, header["blocks"], arrays)
         learner._average = _Average(
             _parameters_of(learner, arrays, "reported"),
             n_reported,
@@ -408,7 +453,11 @@ def _component_ids(array: npt.NDArray[Any], n_components: int) -> npt.NDArray[np
 
 
 def _statistics_of(
-    learner: Learner, parameters: MixtureParameters | None, scalars: Mapping[str, Any], arrays: Arrays
+    learner: Learner,
+    parameters: MixtureParameters | None,
+    scalars: Mapping[str, Any],
+    arrays: Arrays,
+    at: str = "statistics",
 ) -> Statistics:
     schema, bound = learner._known_schema(), learner._bound_model()
     if parameters is None:
@@ -416,7 +465,7 @@ def _statistics_of(
     shapes = bound.e_step(parameters, Batch(np.empty((len(schema), 0)), schema))
     parts: dict[str, Sums | Moments] = {}
     for name, template in shapes.parts.items():
-        found = {key: arrays[f"statistics/parts/{name}:{key}"] for key in template.arrays()}
+        found = {key: arrays[f"{at}/parts/{name}:{key}"] for key in template.arrays()}
         for key, expected in template.arrays().items():
             if found[key].shape != expected.shape or found[key].dtype != np.float64:
                 raise ValueError(f"the statistics {name!r} have shape {found[key].shape}, expected {expected.shape}")
@@ -435,7 +484,7 @@ def _statistics_of(
     return Statistics(
         parts,
         _finite(scalars["log_likelihood"]),
-        _component_ids(arrays["statistics/component_ids"], learner.model.n_components),
+        _component_ids(arrays[f"{at}/component_ids"], learner.model.n_components),
         None if half_life is None else _finite(half_life),
         None if time is None else _finite(time),
     )

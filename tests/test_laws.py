@@ -41,6 +41,7 @@ from stream_em import (
     Schema,
     Statistics,
 )
+from stream_em.methods import FIEM, Incremental, VarianceReduced
 from stream_em.store import from_bytes, to_bytes
 
 every_family = pytest.mark.parametrize("name", CASES)
@@ -369,6 +370,10 @@ def from_pieces(**options: Any) -> list[float]:
     return [float(learner.log_prob(EVENTS).mean())]
 
 
+def by_blocks(method):
+    return in_batch(method=method, max_iter=3, tol=0.0)
+
+
 HYPERPARAMETERS: dict[type, dict[str, tuple[Callable[..., list[float]], Any, Any]]] = {
     OnlineEM: {
         "model": (online, Mixture(Gaussian(), 3), Mixture(Gaussian("diag"), 3)),
@@ -379,11 +384,13 @@ HYPERPARAMETERS: dict[type, dict[str, tuple[Callable[..., list[float]], Any, Any
         "warm_up": (online, 50, 200),
         "initial_parameters": (lambda **given: online(schema=NUMERIC, **given), None, START),
         "first_m_step": (few_events, 20, 30),
+        "window": (online, None, 300),
         "averaging": (online, False, True),
         "seed": (lambda **given: online(Mixture(Gaussian("spherical"), 12), **given), 0, 1),
     },
     BatchEM: {
         "model": (in_batch, Mixture(Gaussian(), 3), Mixture(Gaussian(), 4)),
+        "method": (lambda **given: in_batch(tol=0.0, **given), None, Incremental()),
         "schema": (in_batch, None, Schema({"x": "numeric", "y": "numeric", "z": "duration"})),
         "max_iter": (lambda **given: in_batch(tol=0.0, **given), 2, 4),
         "tol": (in_batch, 0.0, 1e-1),
@@ -401,6 +408,17 @@ HYPERPARAMETERS: dict[type, dict[str, tuple[Callable[..., list[float]], Any, Any
     Gaussian: {
         "covariance_type": (lambda covariance_type: in_batch(Mixture(Gaussian(covariance_type), 3)), "full", "tied"),
         "reg_covar": (lambda reg_covar: in_batch(Mixture(Gaussian(reg_covar=reg_covar), 3)), 0.0, 0.1),
+    },
+    Incremental: {"batch_size": (lambda **given: by_blocks(Incremental(**given)), 50, 100)},
+    VarianceReduced: {
+        "step": (lambda **given: by_blocks(VarianceReduced(**given)), None, 0.1),
+        "batch_size": (lambda **given: by_blocks(VarianceReduced(**given)), 50, 100),
+        "seed": (lambda **given: by_blocks(VarianceReduced(**given)), 0, 1),
+    },
+    FIEM: {
+        "step": (lambda **given: by_blocks(FIEM(**given)), None, 0.1),
+        "batch_size": (lambda **given: by_blocks(FIEM(**given)), 50, 100),
+        "seed": (lambda **given: by_blocks(FIEM(**given)), 0, 1),
     },
     RobbinsMonro: {
         "alpha": (lambda alpha: online(schedule=RobbinsMonro(alpha)), 0.6, 0.9),

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from stream_em.columns import Roles, arrow_floats, arrow_seconds, floats_of, seconds_of
+from stream_em.models import Mixture
 from stream_em.numerics import Array
 from stream_em.schema import Batch, Schema, SchemaError, in_memory
 
@@ -45,6 +46,8 @@ class EventBlocks:
         The fields; it does not grow.
     roles
         Columns that are not the model's.
+    model
+        The mixture, which may have no density for events that lack some value.
     size
         Single events in a block.
 
@@ -61,10 +64,18 @@ class EventBlocks:
 
     """
 
-    def __init__(self, schema: Schema, roles: Roles | None = None, *, size: int = BLOCK_EVENTS) -> None:
+    def __init__(
+        self,
+        schema: Schema,
+        roles: Roles | None = None,
+        model: Mixture | None = None,
+        *,
+        size: int = BLOCK_EVENTS,
+    ) -> None:
         self.schema = schema
         self.roles = Roles() if roles is None else roles
         self.size = size
+        self._bound = None if model is None else model.bind(schema)
         self.rejected: list[RejectedEvent] = []
         self.ignored_fields: Counter[str] = Counter()
         self._waiting: list[Mapping[str, Any]] = []
@@ -102,6 +113,8 @@ class EventBlocks:
         try:
             events = in_memory(element)
             batch = self.schema.encode(*self._set_apart(events), on_error="collect")
+            if self._bound is not None:
+                batch = self._bound.screen(batch)
         except SchemaError as error:
             self.rejected.append(RejectedEvent(None, str(error), _n_events(events)))
             return

@@ -124,7 +124,8 @@ class ExpectationStep(beam.DoFn):
     ) -> Iterator[Any]:
         gathered = self._windows.get(window)
         if gathered is None:
-            gathered = self._windows[window] = _Gathered(self._bound, EventBlocks(self.schema, self.roles), parameters)
+            blocks = EventBlocks(self.schema, self.roles, self.model)
+            gathered = self._windows[window] = _Gathered(self._bound, blocks, parameters)
         gathered.add(gathered.blocks.add(element))
         yield from self._take_rejected(gathered)
 

@@ -164,7 +164,7 @@ class RefitPerKey(beam.PTransform):
 
     def expand(self, events: beam.PCollection) -> beam.PCollection:  # noqa: D102 - Beam's
         blocks = in_one_window(events) | "Encode" >> beam.ParDo(
-            _EncodePerKey(self.schema, self.key, self.roles)
+            _EncodePerKey(self.model, self.schema, self.key, self.roles)
         ).with_outputs(REJECTED, main="blocks")
         fits = (
             blocks.blocks
@@ -186,14 +186,20 @@ def _typed(pair: Any) -> beam.PTransform:
 class _EncodePerKey(beam.DoFn):
     """Events in, (key, `KeyBlock`) pairs out: one for each key of a bundle."""
 
-    def __init__(self, schema: Schema, key: str | Callable[[Mapping[str, Any]], Hashable] | None, roles: Roles) -> None:
-        self.schema, self.key, self.roles = schema, key, roles
+    def __init__(
+        self,
+        model: Mixture,
+        schema: Schema,
+        key: str | Callable[[Mapping[str, Any]], Hashable] | None,
+        roles: Roles,
+    ) -> None:
+        self.model, self.schema, self.key, self.roles = model, schema, key, roles
         self._events = Metrics.counter(NAMESPACE, "events")
         self._rejected = Metrics.counter(NAMESPACE, "rejected")
         self._ignored = Metrics.counter(NAMESPACE, "ignored")
 
     def start_bundle(self) -> None:
-        self._blocks = EventBlocks(self.schema, self.roles)
+        self._blocks = EventBlocks(self.schema, self.roles, self.model)
         self._waiting: list[tuple[Any, Mapping[str, Any]]] = []
         self._parts: dict[Any, list[Batch]] = defaultdict(list)
         self._held = 0

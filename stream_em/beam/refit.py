@@ -246,7 +246,7 @@ class Refit(beam.PTransform):
         self, events: beam.PCollection, schema: Schema, rejected: Iterable[beam.PCollection] = ()
     ) -> tuple[beam.PCollection, beam.PCollection, beam.PCollection]:
         """Return encoded blocks, the counts of each bundle, and the first reason; hand over what was rejected."""
-        encoded = events | "Encode" >> beam.ParDo(EncodeEvents(schema, self.roles)).with_outputs(
+        encoded = events | "Encode" >> beam.ParDo(EncodeEvents(schema, self.roles, self.model)).with_outputs(
             REJECTED, COUNTS, main="blocks"
         )
         return encoded.blocks, encoded[COUNTS], self.tell([encoded[REJECTED], *rejected])

@@ -174,7 +174,7 @@ class SnapshotModel:
                 {name: event[name] for name in roles.model_fields(event)} if isinstance(event, Mapping) else event
                 for event in events
             ]
-        return self._schema.encode(events, on_error="collect")
+        return self._learner.encode(events, on_error="collect")
 
 
 class _Part:

@@ -25,6 +25,7 @@ from stream_em.beam.reading import ReadEvents
 from stream_em.beam.storage import hand_over, working_folder
 from stream_em.columns import Roles
 from stream_em.learners import NotFittedError
+from stream_em.models import Mixture
 from stream_em.schema import (
     Batch,
     EventError,
@@ -281,6 +282,8 @@ class EncodeEvents(beam.DoFn):
         The fields; categories outside it are counted as `other`.
     roles
         Columns that are not the model's.
+    model
+        The mixture, which may have no density for events that lack some value.
 
     >>> from apache_beam.testing.util import assert_that, equal_to
     >>> with beam.Pipeline("FnApiRunner") as pipeline:
@@ -292,14 +295,15 @@ class EncodeEvents(beam.DoFn):
 
     """
 
-    def __init__(self, schema: Schema, roles: Roles | None = None) -> None:
+    def __init__(self, schema: Schema, roles: Roles | None = None, model: Mixture | None = None) -> None:
         self.schema = schema
         self.roles = roles
+        self.model = model
         self._events = Metrics.counter(NAMESPACE, "events")
         self._rejected = Metrics.counter(NAMESPACE, "rejected")
 
     def start_bundle(self) -> None:  # noqa: D102 - Beam's
-        self._blocks = EventBlocks(self.schema, self.roles)
+        self._blocks = EventBlocks(self.schema, self.roles, self.model)
         self._n_events = self._n_rejected = 0
 
     def process(self, element: Any) -> Iterator[Any]:  # noqa: D102 - Beam's

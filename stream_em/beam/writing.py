@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -20,6 +21,9 @@ from apache_beam.ml.inference.base import PredictionResult
 from stream_em.beam.events import RejectedEvent
 from stream_em.beam.storage import write_file
 from stream_em.store import Learner, to_bytes
+
+# Names of files may have 255 bytes, and some tools put more before or after them.
+LONGEST_NAME = 120
 
 
 class WriteRejected(beam.PTransform):
@@ -131,12 +135,34 @@ class _ParquetFile:
     def write(self, table: pa.Table) -> None:
         if self._writer is None:
             self._writer = pq.ParquetWriter(self._file, table.schema)
-        self._writer.write_table(table)
+        self._writer.write_table(_as_schema(table, self._writer.schema))
 
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
         self._file.close()
+
+
+def _as_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Files of one job may differ in the order of columns and in how numbers and texts are stored."""
+    if table.schema.equals(schema):
+        return table
+    if set(table.column_names) != set(schema.names):
+        raise ValueError(
+            f"the tables have different columns, {', '.join(schema.names)} and {', '.join(table.column_names)}: write "
+            "them by jobs of their own"
+        )
+    for one in schema:
+        given = table.schema.field(one.name).type
+        if not given.equals(one.type):
+            try:
+                table.column(one.name).cast(one.type)
+            except pa.ArrowException as error:
+                raise ValueError(
+                    f"column {one.name!r} is {one.type} in one file and {given} in another, with values that do not "
+                    f"fit ({error}); write such files by jobs of their own"
+                ) from None
+    return table.select(schema.names).cast(schema)
 
 
 def scored_table(result: PredictionResult, prefix: str = "", *, responsibilities: bool = False) -> pa.Table:
@@ -168,7 +194,10 @@ def scored_table(result: PredictionResult, prefix: str = "", *, responsibilities
 class WriteSnapshots(beam.DoFn):
     """Write (key, time, learner) triples as snapshots, `<folder>/<key>/<time>.arrow`; hand on (key, path).
 
-    The time is in UTC; the last snapshot of a stream that has ended is `last.arrow`. Without a key the folder is `all`.
+    The time is in UTC; the last snapshot of a stream that has ended is `last.arrow`. The
+    name of a key's folder is the key itself, with the characters that file systems or addresses give a meaning to
+    escaped; a key that is no text is written as Python does after a `@`, and one that is long is cut and ends in its
+    digest. Without a key the folder is `@all`.
 
     Parameters
     ----------
@@ -190,10 +219,21 @@ class WriteSnapshots(beam.DoFn):
 
     def process(self, snapshot: tuple[Any, float, Learner]) -> Iterator[tuple[Any, str]]:  # noqa: D102 - Beam's
         key, time, learner = snapshot
-        name = "all" if key is None else quote(str(key), safe="")
-        path = FileSystems.join(self.folder, name, f"{_as_text(time)}.arrow")
+        path = FileSystems.join(self.folder, _folder_name(key), f"{_as_text(time)}.arrow")
         write_file(path, to_bytes(learner))
         yield key, path
+
+
+def _folder_name(key: Any) -> str:
+    """A name for each key, and no name for two; the @ is a sign that escaped text never holds."""
+    if key is None:
+        return "@all"
+    name = quote(key if isinstance(key, str) else repr(key), safe="", errors="surrogatepass")
+    if name.startswith("."):
+        name = "%2E" + name[1:]
+    if len(name) > LONGEST_NAME:
+        name = f"{name[: LONGEST_NAME // 2]}@{hashlib.blake2b(name.encode(), digest_size=16).hexdigest()}"
+    return name if isinstance(key, str) and key else f"@{name}"
 
 
 def _as_text(time: float) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,13 @@ import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 from apache_beam.io.filesystems import FileSystems
-from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.metrics import Metrics, MetricsFilter
+from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 from rich.console import Console
 
 from stream_em import Schema, save
 from stream_em.beam.events import RejectedEvent
-from stream_em.beam.expectation import REJECTED
+from stream_em.beam.expectation import NAMESPACE, REJECTED
 from stream_em.beam.reading import ReadEvents
 from stream_em.beam.refit import Refit
 from stream_em.beam.survey import infer_schema
@@ -27,6 +30,9 @@ from stream_em.cli.display import component_table, say
 from stream_em.cli.jobs import draw_learner, load_plots
 from stream_em.columns import Roles, seconds_of
 from stream_em.sources import SourceError
+
+# Beam's timers fail on times that are much later than any event's.
+EARLIEST, LATEST = (datetime(year, 1, 1, tzinfo=UTC).timestamp() for year in (1, 3000))
 
 WORKING = ".refit"
 """Folder, within that of the output, where a refit keeps its iterations until it is done."""
@@ -54,10 +60,37 @@ def read_job(argv: Sequence[str] | None) -> tuple[JobOptions, Config]:
         When there is no configuration, or it cannot be used.
 
     """
-    job = PipelineOptions(argv).view_as(JobOptions)
+    job = embedded_by_default(PipelineOptions(argv)).view_as(JobOptions)
     if job.config is None:
         raise ConfigError("--config FILE is needed: the YAML file that describes the job")
     return job, load_config(job.config, job.set)
+
+
+def embedded_by_default(options: PipelineOptions) -> PipelineOptions:
+    """Return the options, on Beam's embedded runner for bounded input where they name none.
+
+    What Beam would take by default depends on what it can fetch at that moment, and may not be able to run timers.
+    """
+    standard = options.view_as(StandardOptions)
+    if standard.runner is None and not standard.streaming:
+        standard.runner = "FnApiRunner"
+    return options
+
+
+def remove_outputs(folder: str, *patterns: str) -> None:
+    """Remove what an earlier job of this kind wrote, which would lie beside the new as if it belonged to it."""
+    for found in FileSystems.match([FileSystems.join(folder, pattern) for pattern in patterns]):
+        if found.metadata_list:
+            FileSystems.delete([file.path for file in found.metadata_list])
+
+
+def report(pipeline: beam.Pipeline, folder: str) -> None:
+    """Say how many events a pipeline that has ended has used and rejected, and where its output is."""
+    totals: Counter[str] = Counter()
+    for counter in pipeline.result.metrics().query(MetricsFilter().with_namespace(NAMESPACE))["counters"]:
+        totals[counter.key.metric.name] += counter.result
+    console = Console()
+    say(console, f"{totals['events']:,} events used, {totals['rejected']:,} rejected; wrote to {folder}", "bold")
 
 
 class ReadChunks(beam.PTransform):
@@ -147,13 +180,14 @@ def stem(name: str | None, otherwise: str = "") -> str:
 class AsEvents(beam.DoFn):
     """Tables and lists of dicts in, single events with their timestamps out; (key, event) pairs where there is a key.
 
-    Keys are handed on as text.
-    An event without its key goes to the output tagged `REJECTED`.
+    Keys are handed on as text. An event without its key, or with a time that no calendar of events holds, goes to the
+    output tagged `REJECTED`.
     """
 
     def __init__(self, key: str | None, time: str | None) -> None:
         self.key = key
         self.time = time
+        self._rejected = Metrics.counter(NAMESPACE, "rejected")
 
     def process(self, element: Any) -> Iterator[Any]:  # noqa: D102 - Beam's
         if isinstance(element, Mapping):
@@ -166,15 +200,22 @@ class AsEvents(beam.DoFn):
             np.full(len(events), np.nan) if self.time is None else seconds_of([one.get(self.time) for one in events])
         )
         for event, time in zip(events, times.tolist()):
-            output = event
-            if self.key is not None:
-                if event.get(self.key) is None:
-                    reason = f"field {self.key!r}: the event has no value of it, and its key is needed"
-                    yield beam.pvalue.TaggedOutput(REJECTED, RejectedEvent(event, reason))
-                    continue
-                output = str(event[self.key]), {name: value for name, value in event.items() if name != self.key}
-            # What has no time that can be read keeps the timestamp it has; the model says what is wrong with it.
-            yield output if math.isnan(time) else beam.window.TimestampedValue(output, time)
+            key = None if self.key is None else event.get(self.key)
+            if self.key is not None and (key is None or key != key):  # NaN is the one value that differs from itself
+                yield self._reject(event, f"field {self.key!r}: the event has no value of it, and its key is needed")
+            elif not (math.isnan(time) or EARLIEST <= time < LATEST):
+                reason = f"field {self.time!r}: got {event[self.time]!r}, expected a time between the years 1 and 2999"
+                yield self._reject(event, f"{reason}; numbers are seconds since 1970")
+            else:
+                output = event
+                if self.key is not None:
+                    output = str(key), {name: value for name, value in event.items() if name != self.key}
+                # What has no time that can be read keeps the timestamp it has; the model says what is wrong with it.
+                yield output if math.isnan(time) else beam.window.TimestampedValue(output, time)
+
+    def _reject(self, event: Mapping[str, Any], reason: str) -> beam.pvalue.TaggedOutput:
+        self._rejected.inc()
+        return beam.pvalue.TaggedOutput(REJECTED, RejectedEvent(event, reason))
 
 
 def known_schema(config: Config, roles: Roles, options: PipelineOptions | None, folder: str | None = None) -> Schema:
@@ -204,7 +245,9 @@ def refit(
     """
     output, section = config.output, config.learner
     folder = Path(output.folder)
-    working = work_folder or str(folder / WORKING)
+    working = FileSystems.join(work_folder or str(folder), WORKING)
+    if not FileSystems.exists(working):
+        remove_outputs(str(folder), f"{stem(output.quarantine)}-*.jsonl")
     if output.picture is not None:
         # To learn at the end of a long refit that no picture can be drawn would be too late.
         load_plots()

@@ -158,7 +158,8 @@ def refit(config: ConfigFile, overrides: Overrides = None) -> None:
     given = overrides or []
     flags = [one for one in given if one.startswith("--")]
     keys = [one for one in given if not one.startswith("--")]
-    beam_jobs.refit(load_config(config, keys), Console(), PipelineOptions(flags))
+    options = beam_jobs.embedded_by_default(PipelineOptions(flags))
+    beam_jobs.refit(load_config(config, keys), Console(), options)
 
 
 @app.command(

@@ -159,12 +159,31 @@ class Mixture:
             For the first event that lacks a value without which it has none.
 
         """
+        for error in self._without_density(batch):
+            raise error
+
+    def screen(self, batch: Batch) -> Batch:
+        """Return a batch without the events that a bound model has no density for, which join `rejected`."""
+        errors = list(self._without_density(batch))
+        if not errors:
+            return batch
+        kept = np.setdiff1d(np.arange(batch.n_events), [error.index for error in errors])
+        place = np.arange(batch.n_events) if batch.accepted is None else batch.accepted
+        late = (EventError(int(place[error.index]), error.field, error.value, error.expected) for error in errors)
+        return replace(
+            batch.select(kept),
+            rejected=tuple(sorted((*batch.rejected, *late), key=lambda error: error.index)),
+            accepted=place[kept],
+            ignored_fields=batch.ignored_fields,
+        )
+
+    def _without_density(self, batch: Batch) -> Iterator[EventError]:
         lacking = None if batch.observed is None else self.family.lacking(batch.observed)
-        if lacking is None or not lacking.any():
+        if lacking is None:
             return
-        index = int(lacking.any(axis=0).argmax())
-        name = batch.schema.names[int(lacking[:, index].argmax())]
-        raise EventError(index, name, None, f"a value, without which {self.family} has no density for the event")
+        for index in np.flatnonzero(lacking.any(axis=0)).tolist():
+            name = batch.schema.names[int(lacking[:, index].argmax())]
+            yield EventError(index, name, None, f"a value, without which {self.family} has no density for the event")
 
     def initialize(self, batch: Batch, responsibilities: Array) -> MixtureParameters:
         """Return parameters from given responsibilities (K, B): one M-step.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -154,6 +154,8 @@ class MixtureAnomalyDetector(MixtureEstimator, AnomalyDetector):
         self._watches = self._watches or calibration_window is not None
         self._start_anew()
 
+    KEPT_PARAMS = (*MixtureEstimator.KEPT_PARAMS, "calibration_window")
+
     @classmethod
     def _unit_test_params(cls) -> Any:
         yield from super()._unit_test_params()
@@ -166,6 +168,17 @@ class MixtureAnomalyDetector(MixtureEstimator, AnomalyDetector):
             from river.utils import SortedWindow  # which imports Narwhals
 
             self._recent = SortedWindow(self.calibration_window)
+
+    def _kept(self) -> dict[str, Any]:
+        recent = [] if self._recent is None else list(self._recent.unsorted_window)
+        return {**super()._kept(), "recent_scores": recent}
+
+    def _restore(self, kept: Mapping[str, Any]) -> None:
+        super()._restore(kept)
+        if self._recent is not None:
+            # Of more than the window holds the last ones stay.
+            for score in kept.get("recent_scores", ()):
+                self._recent.append(float(score))
 
     def _watch(self, log_prob: float, warming_up: bool) -> None:
         if self._recent is not None:

@@ -17,10 +17,10 @@ from stream_em.families.gaussian import CovarianceType
 from stream_em.learners import BatchEM, OnlineEM, Prediction
 from stream_em.models import Mixture
 from stream_em.numerics import check_whole
-from stream_em.river.features import Features, IgnoredFeatures, aligned
+from stream_em.river.features import Features, IgnoredFeatures, aligned, warn_of_full
 from stream_em.schedules import Constant, RobbinsMonro, Schedule
 from stream_em.schema import Batch, Field, Kind, Schema, _is_missing
-from stream_em.store import load, save
+from stream_em.store import from_bytes, metadata_from_bytes, save
 
 if TYPE_CHECKING:
     from stream_em.event_kernel import EventKernel
@@ -31,6 +31,10 @@ OnDrift = Literal["forget", "reseed"]
 
 # Of fewer events it cannot be told what is usual: log p(x) is 0 until then.
 GRACE = 10
+
+
+# Under which a snapshot's metadata hold what is the estimator's and not the learner's.
+METADATA_KEY = "stream_em.river"
 
 
 class Answer(NamedTuple):
@@ -70,6 +74,8 @@ class MixtureEstimator(base.Estimator):
     step_size = _StepSize()
 
     STEP_SIZES: ClassVar[tuple[str, ...]] = ("alpha", "offset", "step_size")
+    # Parameters that the learner does not know.
+    KEPT_PARAMS: ClassVar[tuple[str, ...]] = ("max_features", "on_drift")
 
     _learner: OnlineEM
     _kernel: EventKernel | None
@@ -164,10 +170,17 @@ class MixtureEstimator(base.Estimator):
     def to_snapshot(self, path: str | Path) -> None:
         """Write what was learned to a snapshot file, which `stream_em.load` and the command `stream-em` read as well.
 
-        The state of the drift detector, recent scores and the values of features that have not joined yet are no part
-        of it.
+        A drift detector is code and no part of it, nor are a warm-up that a drift began and the values of features that
+        have not joined yet.
         """
-        save(self._learner, path)
+        save(self._learner, path, metadata={METADATA_KEY: self._kept()})
+
+    def _kept(self) -> dict[str, Any]:
+        """Return, as plain data, what a snapshot of the learner does not hold."""
+        return {"params": {name: getattr(self, name) for name in self.KEPT_PARAMS}}
+
+    def _restore(self, kept: Mapping[str, Any]) -> None:
+        """Take back what `_kept` returned, but for the parameters."""
 
     @classmethod
     def from_snapshot(cls, path: str | Path, **params: Any) -> Self:
@@ -178,7 +191,8 @@ class MixtureEstimator(base.Estimator):
         path
             The snapshot file.
         params
-            Parameters that a snapshot does not hold, such as `drift_detector`, and other step sizes to go on with.
+            Parameters that a snapshot does not hold, such as `drift_detector`, and others to go on with: step sizes,
+            `max_features`, `on_drift` and `calibration_window`.
 
         Returns
         -------
@@ -191,7 +205,10 @@ class MixtureEstimator(base.Estimator):
             When a parameter is another than that of the snapshot.
 
         """
-        learner = load(path)
+        content = Path(path).read_bytes()
+        learner = from_bytes(content, source=str(path))
+        # None where the snapshot was written by something else, such as the command.
+        kept = metadata_from_bytes(content, source=str(path)).get(METADATA_KEY) or {"params": {}}
         if isinstance(learner, BatchEM):
             learner = _online(learner)
         known = _params_of(learner)
@@ -201,11 +218,14 @@ class MixtureEstimator(base.Estimator):
                     f"{name}={params[name]!r} differs from the snapshot, which was learned with {known[name]!r}; leave "
                     "it out, or start anew"
                 )
-        estimator = cls(**{**known, **params})
+        # Written by another of the estimators, it may name parameters that this one does not have.
+        own = {name: kept["params"][name] for name in cls.KEPT_PARAMS if name in kept["params"]}
+        estimator = cls(**{**known, **own, **params})
         learner.ignored_fields = IgnoredFeatures(learner.ignored_fields)
         estimator._learner = learner
         if params.keys() & set(cls.STEP_SIZES):
             estimator._reschedule()
+        estimator._restore(kept)
         estimator._bind()
         return estimator
 
@@ -279,8 +299,10 @@ class MixtureEstimator(base.Estimator):
     def _learn_otherwise(self, x: Mapping[Hashable, Any], w: float) -> None:
         event = self._features.named(x)
         log_prob = [self._ask(event).log_prob] if self._watches and w != 0.0 else []
-        learner, warming_up = self._learner, self._learner.warming_up
+        learner, warming_up, schema = self._learner, self._learner.warming_up, self._learner.schema
         self._update(event, w)
+        if learner.schema is not schema:
+            warn_of_full(schema, learner.schema, stacklevel=4)
         if event is not x:
             self._features.remember_labels({str(name): name for name in x if not isinstance(name, str)})
         self._watch_all(log_prob, learner, warming_up)
@@ -354,7 +376,7 @@ class MixtureEstimator(base.Estimator):
         if frame.table.num_rows == 0:
             return
         learner, features, table = self._learner, self._features, frame.table
-        schema = learner.schema
+        schema = known = learner.schema
         newcomers: dict[str, Field] = {}
         values: dict[str, list[Any]] = {}
         ignored: dict[str, int] = {}
@@ -374,6 +396,7 @@ class MixtureEstimator(base.Estimator):
             learner.update(batch)
         if self._successor is not None:
             self._teach_successor(batch, None)
+        warn_of_full(known, learner.schema, stacklevel=3)
         features.forget(schema.names)
         features.remember_labels(frame.labels)
         self._count_others(newcomers, values, ignored, True)

@@ -233,6 +233,43 @@ class Features:
             self._newcomers.pop(name, None)
 
 
+def warn_of_full(before: Schema | None, after: Schema | None, *, stacklevel: int) -> None:
+    """Warn of the features whose vocabulary is full since `before`: from now on any other value is 'other'.
+
+    >>> full = Schema([Field("id", "category", ("a", "b"), max_categories=2)])
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warnings.simplefilter("always")
+    ...     warn_of_full(Schema([Field("id", "category", ("a",), max_categories=2)]), full, stacklevel=2)
+    ...     warn_of_full(full, full, stacklevel=2)
+    >>> [str(one.message)[:42] for one in caught]
+    ["feature 'id' has had 2 different strings, "]
+
+    """
+    known = {} if before is None else {one.name: one for one in before.fields}
+    for one in () if after is None else after.fields:
+        if len(one.categories) < one.max_categories or known.get(one.name) == one:
+            continue
+        advice = "if it is an id or free text, leave it out, as with `compose.Discard`"
+        if all(map(_is_number, one.categories)):
+            advice = (
+                "they are all numbers: convert them, as with `converters` of `stream.iter_csv`, which reads text where "
+                "there are none; if it is an id, leave it out, as with `compose.Discard`"
+            )
+        warnings.warn(
+            f"feature {one.name!r} has had {len(one.categories)} different strings, as many as a category may have: "
+            f"from now on any other is 'other'; {advice}",
+            stacklevel=stacklevel,
+        )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def aligned(table: pa.Table, schema: Schema) -> pa.Table:
     """Return the table with columns of nulls for the fields of the schema that it does not have."""
     for name in schema.names:

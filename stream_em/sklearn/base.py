@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -13,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
+import sklearn.mixture
 from joblib import effective_n_jobs
 from sklearn.base import BaseEstimator, DensityMixin, clone
 from sklearn.exceptions import ConvergenceWarning
@@ -144,6 +146,9 @@ class BaseMixture(DensityMixin, BaseEstimator, ABC):  # type: ignore[misc]
     def _fitted(self) -> FittedMixture:
         """Return the mixture at the fitted parameters."""
 
+    def _warn_of_others(self, batch: Batch, stacklevel: int) -> None:
+        """Warn, once for each column, of categories in learned samples for which there was no room."""
+
     def _is_published(self, parameters: MixtureParameters) -> bool:
         """Return whether the fitted attributes are still those made from these parameters."""
         return True
@@ -222,6 +227,10 @@ class BaseMixture(DensityMixin, BaseEstimator, ABC):  # type: ignore[misc]
                 f"n_samples = {whole.n_events}"
             )
         batch = _with_weight(_weighted(whole, weights_of(sample_weight, whole.values.T)))
+        if np.isnan(batch.values).all():
+            raise ValueError(
+                f"Input X holds no value: all of its {batch.n_events} samples with weight are missing in every feature"
+            )
         unit = self._unit_of_weight(batch)
         weight = None if batch.weight is None else batch.weight / unit
         batch = replace(batch, values=np.ascontiguousarray(batch.values, dtype=np.float64), weight=weight)
@@ -239,6 +248,8 @@ class BaseMixture(DensityMixin, BaseEstimator, ABC):  # type: ignore[misc]
             else:
                 best = self._best_of(starts, bound, batch, random, advance)
         self._settle(model, best, batch, unit)
+        if not warm:
+            self._warn_of_others(batch, 4)
         return whole
 
     def _best_of(self, starts: int, bound: Mixture, batch: Batch, random: np.random.Generator, advance: Any) -> _Run:
@@ -320,7 +331,7 @@ class BaseMixture(DensityMixin, BaseEstimator, ABC):  # type: ignore[misc]
         if self.init_params == "random":
             shares = random.random((self.n_components, sample.n_events))
             return bound.initialize(sample, shares / shares.sum(axis=0))
-        points = points_for_k_means(sample)[1]
+        points = self._points(sample)
         weight = np.ones(sample.n_events) if sample.weight is None else sample.weight
         if self.init_params == "k-means++":
             shares = k_means_responsibilities(points, weight, self.n_components, random, n_iterations=1)
@@ -329,6 +340,10 @@ class BaseMixture(DensityMixin, BaseEstimator, ABC):  # type: ignore[misc]
             chosen = random.choice(sample.n_events, self.n_components, replace=few, p=weight / weight.sum())
             shares = nearest(points, points[chosen])
         return bound.initialize(sample, shares)
+
+    def _points(self, sample: Batch) -> Array:
+        """Return points (B, F), near which samples belong to the one that was chosen for a component."""
+        return points_for_k_means(sample)[0]
 
     def _given_start(self, bound: Mixture) -> MixtureParameters | None:
         """Return the start that the parameters state in full, if they do."""
@@ -393,6 +408,7 @@ class BaseMixture(DensityMixin, BaseEstimator, ABC):  # type: ignore[misc]
         if ill.any():
             named = ", ".join(map(str, np.flatnonzero(ill)))
             warnings.warn(ILL_DEFINED.format(named, self._regularizer), ConvergenceWarning, stacklevel=2)
+        self._warn_of_others(batch, 3)
         return self
 
     def _set_pace(self, learner: OnlineEM) -> None:
@@ -510,7 +526,10 @@ class BaseMixture(DensityMixin, BaseEstimator, ABC):  # type: ignore[misc]
         """
         check_is_fitted(self)
         if type(other) is not type(self):
-            raise MergeError(f"a {type(self).__name__} cannot be merged with a {type(other).__name__}")
+            hint = ""
+            if isinstance(other, sklearn.mixture.GaussianMixture):
+                hint = "; GaussianMixture.from_sklearn takes over its components, but not the samples behind them"
+            raise MergeError(f"a {class_of(self)} cannot be merged with a {class_of(other)}{hint}")
         check_is_fitted(other)
         mine, theirs = getattr(self, "_learner", None), getattr(other, "_learner", None)
         if mine is None or theirs is None:
@@ -529,7 +548,7 @@ class BaseMixture(DensityMixin, BaseEstimator, ABC):  # type: ignore[misc]
     def _twin(self, learner: OnlineEM) -> Self:
         """Return an estimator of the same parameters and columns in the state of `learner`."""
         twin: Self = clone(self)
-        for name in ("n_features_in_", "feature_names_in_", "_dtype", "_from_frame", "_inferred"):
+        for name in ("n_features_in_", "feature_names_in_", "_dtype", "_from_frame", "_inferred", "_overflowed"):
             if hasattr(self, name):
                 setattr(twin, name, getattr(self, name))
         twin._learner = learner
@@ -726,6 +745,41 @@ class BaseMixture(DensityMixin, BaseEstimator, ABC):  # type: ignore[misc]
         bic = -2.0 * log_likelihood + n_parameters * math.log(weights.sum())
         aic = -2.0 * log_likelihood + 2.0 * n_parameters
         return Criteria(log_likelihood, n_parameters, bic, aic, bic + 2.0 * entropy)
+
+
+def check_listed(features: Any) -> None:
+    """Raise an error that says what is wrong unless `features` is a list of one feature or more.
+
+    Raises
+    ------
+    TypeError
+        When it is a single feature.
+    ValueError
+        When it is empty.
+
+    """
+    if isinstance(features, str) or not hasattr(features, "__len__"):
+        raise TypeError(f"features must be a sequence of features, such as [{features!r}], got {features!r}")
+    if len(features) == 0:
+        raise ValueError("features is empty: name at least one feature to keep")
+
+
+def check_given(given: Any) -> None:
+    """Raise an error that says what is wrong unless `given` maps features to values.
+
+    Raises
+    ------
+    TypeError
+        When it is no mapping.
+
+    """
+    if not hasattr(given, "items"):
+        raise TypeError(f"given must map features to their values, such as {{0: 1.5}}, got {reprlib.repr(given)}")
+
+
+def class_of(estimator: Any) -> str:
+    """Return the class of an object with the public module that it comes from."""
+    return f"{type(estimator).__module__.split('._')[0]}.{type(estimator).__name__}"
 
 
 def weights_of(sample_weight: npt.ArrayLike | None, X: Any, *, none_will_do: bool = False) -> Array | None:

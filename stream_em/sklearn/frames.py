@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral, Real
@@ -10,6 +11,8 @@ from typing import Any, ClassVar, Literal, cast
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
+from scipy.sparse import issparse
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import check_is_fitted, validate_data
@@ -19,8 +22,8 @@ from stream_em.families import BY_NAME, OF_KIND, Family, Product, automatic_fami
 from stream_em.families.gaussian import CovarianceType
 from stream_em.learners import FittedMixture, Iteration
 from stream_em.models import Mixture, MixtureParameters
-from stream_em.schema import Batch, Field, Kind, Schema, in_memory
-from stream_em.sklearn.base import BaseMixture
+from stream_em.schema import OTHER, Batch, Field, Kind, Schema, SchemaError, in_memory
+from stream_em.sklearn.base import BaseMixture, check_given, check_listed
 
 
 class MixtureModel(BaseMixture):
@@ -28,7 +31,8 @@ class MixtureModel(BaseMixture):
 
     Numbers are jointly Gaussian, strings and categoricals categorical, booleans Bernoulli; `families` says
     otherwise, for example that whole numbers are Poisson counts. Within a component columns of different
-    families are independent.
+    families are independent. Categories are strings; whole numbers and booleans that are categories become text
+    (`str(value)`). Samples may be a frame, an array, or dicts with the columns for keys.
 
     Parameters
     ----------
@@ -44,7 +48,7 @@ class MixtureModel(BaseMixture):
         Pseudo-samples of the pooled data that each component is given, > 0: raise it for anomaly detection. They
         count beside sample weights as they are, and outweigh samples whose weights add up to less.
     max_categories : int, default=32
-        A column's vocabulary grows up to this many categories; those after are 'other'.
+        A column's vocabulary grows up to this many categories; those after are 'other', with one warning.
     tol : float, default=1e-3
         EM stops when the mean log-posterior of a sample changes by less.
     max_iter, n_init, init_params, random_state, warm_start, verbose, verbose_interval
@@ -137,6 +141,8 @@ class MixtureModel(BaseMixture):
         return tags
 
     def _read(self, X: Any, *, reset: bool, learn: bool, least: int = 1) -> Batch:
+        if _is_event(X) or (isinstance(X, list | tuple) and X and _is_event(X[0])):
+            X = _table_of([X] if _is_event(X) else X, [] if reset else self._names())
         from_frame = hasattr(X, "__arrow_c_stream__") or isinstance(X, pa.RecordBatch)
         events: Any
         if from_frame:
@@ -153,15 +159,32 @@ class MixtureModel(BaseMixture):
             )
         if reset:
             self._from_frame = from_frame
-            self._inferred = Schema.infer(events, max_categories=int(self.max_categories))
-            return _encode(self._with_kinds(self._inferred), events, extend=True)
+            self._overflowed: frozenset[str] = frozenset()
+            self._inferred = Schema.infer(_with_text(events), max_categories=int(self.max_categories))
+            schema = self._with_kinds(self._inferred)
+            return _encode(schema, _with_text(events, schema), extend=True)
         schema = self._learner._known_schema()
         if learn:
             # A smaller limit drops no category that is known.
             limit = int(self.max_categories)
             fields = [replace(one, max_categories=max(limit, len(one.categories))) for one in schema.fields]
             schema = Schema(fields, unknown=schema.unknown)
-        return _encode(schema, events, extend=learn)
+        return _encode(schema, _with_text(events, schema), extend=learn)
+
+    def _names(self) -> Sequence[str]:
+        check_is_fitted(self)
+        return self._inferred.names
+
+    def _warn_of_others(self, batch: Batch, stacklevel: int) -> None:
+        for one, row in zip(batch.schema.fields, batch.values):
+            if one.kind == "category" and one.name not in self._overflowed and (row == OTHER).any():
+                self._overflowed |= {one.name}
+                warnings.warn(
+                    f"column {one.name!r} has more than {one.max_categories} categories: those that came later are "
+                    "'other'. If it holds numbers as text, convert it; if it holds ids or free text, leave it out; "
+                    "else raise max_categories",
+                    stacklevel=stacklevel,
+                )
 
     def _with_kinds(self, inferred: Schema) -> Schema:
         """Return the columns with the kinds that their types and `families` give them."""
@@ -262,6 +285,7 @@ class MixtureModel(BaseMixture):
 
         """
         check_is_fitted(self)
+        check_listed(features)
         return self._fitted().marginal(features)
 
     def conditional(self, given: Mapping[str, Any]) -> FittedMixture:
@@ -279,7 +303,15 @@ class MixtureModel(BaseMixture):
 
         """
         check_is_fitted(self)
-        return self._fitted().conditional(given)
+        check_given(given)
+        fields = self._fitted()._known_schema().fields
+        categories = {one.name for one in fields if one.kind == "category"}
+        return self._fitted().conditional(
+            {
+                name: str(value) if name in categories and isinstance(value, Integral | np.bool_) else value
+                for name, value in given.items()
+            }
+        )
 
 
 def _names_of(key: Any) -> tuple[str, ...]:
@@ -304,6 +336,63 @@ def _kind_for(family: str | Family, field: Field) -> Kind:
     if not isinstance(family, Family):
         raise TypeError(f"the family of column {field.name!r} must be a name or a family, got {family!r}")
     return kind_for(family, field.kind)
+
+
+def _is_event(X: Any) -> bool:
+    # One form of sparse matrices is a mapping too.
+    return isinstance(X, Mapping) and not issparse(X)
+
+
+def _table_of(events: Sequence[Mapping[str, Any]], names: Sequence[str]) -> pa.Table:
+    """Return events that are dicts as a table: these columns, then those of other keys as they come."""
+    for index, event in enumerate(events):
+        if not isinstance(event, Mapping):
+            raise TypeError(f"sample {index} is {event!r}, expected a mapping of columns to values as sample 0 is")
+    columns = {}
+    for name in dict.fromkeys((*names, *(name for event in events for name in event))):
+        if not isinstance(name, str):
+            raise TypeError(f"the columns of samples that are mappings are named by strings, got {name!r}")
+        try:
+            columns[name] = pa.array([event.get(name) for event in events], from_pandas=True)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+            raise ValueError(f"column {name!r} holds values of different or unknown types: {error}") from None
+    return pa.table(columns)
+
+
+def _with_text(events: Any, schema: Schema | None = None) -> Any:
+    """Return a table whose categories are text: those of pandas may be whole numbers or booleans.
+
+    Columns of a schema go by its kinds, and without one by their own types.
+    """
+    if not isinstance(events, pa.Table):
+        return events
+    for position, name in enumerate(events.column_names):
+        column = events.column(position)
+        encoded = pa.types.is_dictionary(column.type)
+        if schema is None or name not in schema.names:
+            is_category = encoded
+        else:
+            is_category = schema.fields[schema.position(name)].kind == "category"
+        if is_category:
+            column = _as_text(name, column)
+        elif encoded:
+            column = column.cast(column.type.value_type)
+        events = events.set_column(position, name, column)
+    return events
+
+
+def _as_text(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    type_ = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if pa.types.is_integer(type_):
+        return column.cast(type_).cast(pa.string())
+    if pa.types.is_boolean(type_):
+        return pc.if_else(column.cast(type_), "True", "False")
+    if pa.types.is_floating(type_):
+        raise SchemaError(
+            f"column {name!r} has type {column.type}, but the field is a category: floats are no names; convert it "
+            "with .astype(str), or with .astype(float) if it is a number after all"
+        )
+    return column
 
 
 def _encode(schema: Schema, events: Any, *, extend: bool) -> Batch:

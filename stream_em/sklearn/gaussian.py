@@ -22,7 +22,7 @@ from stream_em.learners import FittedMixture, Iteration, OnlineEM
 from stream_em.models import Mixture, MixtureParameters
 from stream_em.numerics import LARGEST_VALUE, Array, cholesky
 from stream_em.schema import Batch, Field, Schema
-from stream_em.sklearn.base import BaseMixture, nearest
+from stream_em.sklearn.base import BaseMixture, check_given, check_listed, nearest
 
 # scikit-learn has no prior: this one only keeps a component without any event defined.
 PRIOR_WEIGHT = 1e-25
@@ -65,9 +65,10 @@ class GaussianMixture(BaseMixture):
 
         - 'kmeans': k-means++ and k-means, in turn on whitened and on standardised samples, so that clusters
           stretched along one axis are found too; the best of eight after ten EM iterations.
-        - 'k-means++': samples spread out by k-means++, each with the samples nearest to it.
+        - 'k-means++': samples spread out by k-means++, each with the samples that are nearest to it in the units
+          of the data: where scikit-learn's first iteration leads.
         - 'random': responsibilities at random.
-        - 'random_from_data': samples chosen at random, each with the samples nearest to it.
+        - 'random_from_data': samples chosen at random, each with the samples nearest to it in the same way.
     weights_init : array-like of shape (n_components,), default=None
         Initial weights, which take the place of those found by `init_params`.
     means_init : array-like of shape (n_components, n_features), default=None
@@ -221,14 +222,19 @@ class GaussianMixture(BaseMixture):
         self.n_jobs = n_jobs
 
     def _read(self, X: Any, *, reset: bool, learn: bool, least: int = 1) -> Batch:
-        matrix: npt.NDArray[Any] = validate_data(
-            self,
-            X,
-            reset=reset,
-            dtype=[np.float64, np.float32],
-            ensure_all_finite="allow-nan",
-            ensure_min_samples=least,
-        )
+        try:
+            matrix: npt.NDArray[Any] = validate_data(
+                self,
+                X,
+                reset=reset,
+                dtype=[np.float64, np.float32],
+                ensure_all_finite="allow-nan",
+                ensure_min_samples=least,
+            )
+        except ValueError as error:
+            if "could not convert string to float" not in str(error):
+                raise
+            raise ValueError(f"{error}; stream_em.sklearn.MixtureModel takes frames with columns of strings") from error
         n_features = matrix.shape[1]
         if not reset and hasattr(self, "means_") and self.means_.shape[1] != n_features:
             raise ValueError(
@@ -344,16 +350,20 @@ class GaussianMixture(BaseMixture):
         if means is None:
             found = super()._start(bound, sample, random)
         else:
-            filled = np.where(np.isnan(sample.values), sample.center[:, None], sample.values)
-            spread = filled.std(axis=1)
+            points = self._points(sample)
+            spread = points.std(axis=0)
             unit = np.where(spread > 0.0, spread, 1.0)
-            found = bound.initialize(sample, nearest(filled.T / unit, means / unit))
+            found = bound.initialize(sample, nearest(points / unit, (means - sample.center) / unit))
         return self._complete(
             bound,
             found.weights if weights is None else weights,
             found.components.mean if means is None else means,
             found.components.covariance if covariances is None else covariances,
         )
+
+    def _points(self, sample: Batch) -> Array:
+        # In the units of the data, as scikit-learn's components of one sample attract the others in its first E-step.
+        return np.where(np.isnan(sample.values), 0.0, sample.values - sample.center[:, None]).T
 
     def _starts_from_data_alone(self) -> bool:
         given = (self.weights_init, self.means_init, self.precisions_init)
@@ -407,6 +417,13 @@ class GaussianMixture(BaseMixture):
         marginal : GaussianMixture
             A fitted mixture over these features. It has learned no samples of its own.
 
+        Raises
+        ------
+        TypeError
+            When `features` is a single feature, or one of them is no name or position.
+        ValueError
+            When a feature is unknown, or none is named.
+
         Examples
         --------
         >>> import numpy as np
@@ -417,6 +434,7 @@ class GaussianMixture(BaseMixture):
 
         """
         check_is_fitted(self)
+        check_listed(features)
         fitted = self._fitted()
         return self._over(fitted.marginal([self._name(fitted, feature) for feature in features]))
 
@@ -436,8 +454,10 @@ class GaussianMixture(BaseMixture):
 
         Raises
         ------
+        TypeError
+            When `given` is no mapping, or a feature is no name or position.
         ValueError
-            When a feature is unknown or given more than once, a value is not finite, or no feature is left.
+            When a feature is unknown or given more than once, a value is no finite number, or no feature is left.
 
         Examples
         --------
@@ -450,21 +470,28 @@ class GaussianMixture(BaseMixture):
 
         """
         check_is_fitted(self)
+        check_given(given)
         fitted = self._fitted()
         values: dict[str, float] = {}
         for key, value in given.items():
             name = self._name(fitted, key)
             if name in values:
                 raise ValueError(f"feature {name!r} is given more than once: name it, or give its position, not both")
-            values[name] = float(value)
+            try:
+                values[name] = float(value)
+            except (TypeError, ValueError):
+                raise ValueError(f"the given value of {name!r} must be a finite number, got {value!r}") from None
         return self._over(fitted.conditional(values))
 
-    def _name(self, fitted: FittedMixture, feature: str | int) -> str:
+    def _name(self, fitted: FittedMixture, feature: Any) -> str:
         names = fitted._known_schema().names
         if isinstance(feature, str):
             if feature not in names:
                 raise ValueError(f"there is no feature {feature!r}; the features are {', '.join(map(repr, names))}")
             return feature
+        # A mask of booleans would be taken for positions.
+        if isinstance(feature, bool) or not isinstance(feature, int | np.integer):
+            raise TypeError(f"features are given by name or by position, got {feature!r}")
         if not -len(names) <= feature < len(names):
             raise ValueError(f"there is no feature {feature}: the mixture has {len(names)} features")
         return names[feature]

@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import sklearn.mixture
 from sklearn.base import clone
 from sklearn.utils.validation import _num_samples
 
-from stream_em.sklearn.base import BaseMixture, weights_of
+from stream_em.sklearn.base import class_of, weights_of
+from stream_em.sklearn.frames import MixtureModel
 from stream_em.sklearn.gaussian import GaussianMixture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CRITERIA = ("bic", "aic", "icl")
+ALL_TYPES = ("full", "tied", "diag", "spherical")
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,9 @@ def select_components(
     X: Any,
     n_components: Iterable[int] = range(1, 11),
     *,
-    covariance_types: Iterable[str] = ("full", "tied", "diag", "spherical"),
+    covariance_types: Iterable[str] | None = None,
     criterion: Literal["bic", "aic", "icl"] = "bic",
-    estimator: BaseMixture | None = None,
+    estimator: GaussianMixture | MixtureModel | None = None,
     sample_weight: npt.ArrayLike | None = None,
 ) -> Selection:
     """Fit a mixture for each number of components and covariance type, and choose by a criterion.
@@ -93,8 +96,8 @@ def select_components(
         The data.
     n_components : iterable of int, default=range(1, 11)
         Numbers of components.
-    covariance_types : iterable of str, default=('full', 'tied', 'diag', 'spherical')
-        Covariance types.
+    covariance_types : iterable of str, default=None
+        Covariance types; None for that of the estimator, and for all four where there is no estimator.
     criterion : {'bic', 'aic', 'icl'}, default='bic'
         BIC (Schwarz 1978) finds the density; ICL (Biernacki, Celeux & Govaert 2000), which is BIC plus twice
         the entropy of the soft clusters, finds clusters that lie apart; AIC (Akaike 1974) predicts.
@@ -110,6 +113,8 @@ def select_components(
 
     Raises
     ------
+    TypeError
+        When `n_components` or `covariance_types` is a single one, or the estimator is not of this library.
     ValueError
         When the criterion is unknown, or there is no candidate.
 
@@ -128,8 +133,15 @@ def select_components(
     """
     if criterion not in CRITERIA:
         raise ValueError(f"criterion must be one of {', '.join(map(repr, CRITERIA))}, got {criterion!r}")
-    template = GaussianMixture(random_state=0) if estimator is None else estimator
+    if not isinstance(n_components, Iterable):
+        raise TypeError(f"n_components must be several numbers, such as range(1, 11) or [3], got {n_components!r}")
+    if isinstance(covariance_types, str):
+        raise TypeError(f"covariance_types must be a list, such as [{covariance_types!r}], got {covariance_types!r}")
+    template = GaussianMixture(random_state=0) if estimator is None else _checked(estimator)
     numbers = list(n_components)
+    if covariance_types is None:
+        covariance_types = ALL_TYPES if estimator is None else (template.covariance_type,)
+    covariance_types = list(covariance_types)
     weights = weights_of(sample_weight, np.empty(_num_samples(X)))
     rows: list[dict[str, Any]] = []
     best: tuple[float, Any] | None = None
@@ -144,3 +156,12 @@ def select_components(
     if best is None:
         raise ValueError("there is no candidate: n_components and covariance_types must name at least one each")
     return Selection(pa.Table.from_pylist(rows), best[1], criterion)
+
+
+def _checked(estimator: Any) -> GaussianMixture | MixtureModel:
+    if isinstance(estimator, GaussianMixture | MixtureModel):
+        return estimator
+    hint = "stream_em.sklearn.GaussianMixture or MixtureModel"
+    if isinstance(estimator, sklearn.mixture.GaussianMixture):
+        hint = "stream_em.sklearn.GaussianMixture, which takes the same parameters (from_sklearn converts a fitted one)"
+    raise TypeError(f"estimator is a {class_of(estimator)}, expected a {hint}")

@@ -18,7 +18,7 @@ from cases import CASES, NUMERIC, Case, assert_statistics_close, draw_batch, dra
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stream_em import Batch, Mixture, MixtureParameters, Schema, Statistics
+from stream_em import Batch, BatchEM, LinearRegression, Mixture, MixtureParameters, Schema, Statistics
 from stream_em.beam import ExpectationStep, MergePerKey, MergeStatistics, RejectedEvent, StatisticsCoder
 from stream_em.beam.expectation import COUNTS, NAMESPACE, REJECTED, EventCounts
 from stream_em.columns import Roles
@@ -309,3 +309,18 @@ def test_the_events_are_not_touched() -> None:
 def parameter_bytes(model: Mixture, parameters: MixtureParameters) -> list[bytes]:
     arrays = model.family.arrays(parameters.components).values()
     return [parameters.weights.tobytes(), *(array.tobytes() for array in arrays)]
+
+
+def test_events_that_the_model_has_no_density_for_are_rejected() -> None:
+    schema = Schema({"x": "numeric", "y": "numeric"})
+    model = Mixture(LinearRegression("y"), 1)
+    events = [{"x": float(x), "y": 2.0 * x + x % 2} for x in range(10)]
+    start = BatchEM(model, schema=schema).fit(events).parameters
+    with beam.Pipeline("FnApiRunner") as pipeline:
+        parameters = pipeline | "Parameters" >> beam.Create([start])
+        step = beam.ParDo(ExpectationStep(model, schema), AsSingleton(parameters)).with_outputs(REJECTED, main="found")
+        outputs = pipeline | "Events" >> beam.Create([*events, {"y": 1.0}]) | step
+        reasons = outputs[REJECTED] | beam.Map(lambda one: one.reason.split(": ")[0])
+        assert_that(reasons, equal_to(["event 10, field 'x'"]))
+        weights = outputs.found | beam.Map(lambda statistics: statistics.total_weight)
+        assert_that(weights, equal_to([10.0]), label="weights")

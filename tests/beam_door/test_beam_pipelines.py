@@ -17,6 +17,7 @@ import yaml
 
 from pipelines import cluster_events, refit, refit_per_key, score
 from stream_em import BatchEM, Gaussian, Mixture, NotFittedError, Schema, SnapshotError, load
+from stream_em.beam import WriteSnapshots
 from stream_em.cli.config import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -121,8 +122,78 @@ def test_cluster_events_by_key_and_from_a_refit(job: Callable[..., list[str]]) -
     assert load(last).n_events == payments()["shop"].to_pylist().count("shop 0")
     refit.run(job())
     cluster_events.run(job("--initial", "output/model.arrow", "--shards=2", output__folder="shared"))
-    assert load(max(Path("shared/models/all").iterdir())).n_events == 600 + 600
+    assert load(max(Path("shared/models/@all").iterdir())).n_events == 600 + 600
     assert {row["component"] for row in rows_of("shared/scored-*.jsonl")} == {0, 1}
+
+
+def test_online_events_keep_their_key_and_bad_times_fail_nothing(job: Callable[..., list[str]]) -> None:
+    for path in Path("payments").iterdir():
+        path.unlink()
+    times = [*np.arange(90.0), float("inf"), 1e300, 1.7e12, -1e300, float("nan"), 95.0]
+    table = payments(96).set_column(3, "at", [times]).set_column(2, "shop", [[*["a/.."] * 95, None]])
+    pq.write_table(table, "payments/0.parquet")
+    cluster_events.run(job("--key", "shop"))
+    rows = rows_of("output/scored-*.jsonl")
+    assert len(rows) == 90
+    assert {row["shop"] for row in rows} == {"a/.."}
+    reasons = [row["reason"] for row in rows_of("output/quarantine-*.jsonl")]
+    assert sum("between the years 1 and 2999" in reason for reason in reasons) == 4
+    assert sum("its key is needed" in reason for reason in reasons) == 1
+    assert sum("a finite event time" in reason for reason in reasons) == 1
+
+
+def test_files_that_store_the_same_columns_in_other_ways(job: Callable[..., list[str]]) -> None:
+    refit.run(job())
+    table = payments(40)
+    other = table.select(["at", "shop", "hour", "amount"])
+    other = other.set_column(1, "shop", other["shop"].dictionary_encode())
+    other = other.set_column(0, "at", other["at"].cast(pa.int64()))
+    pq.write_table(other, "payments/other.parquet")
+    score.run(job("--snapshot", "output/model.arrow"))
+    scored = pa.concat_tables(pq.read_table(path) for path in Path("output").glob("scored-*.parquet"))
+    assert scored.num_rows == 640
+    assert scored.schema.field("at").type == pa.float64()
+
+
+def test_a_second_run_leaves_nothing_of_the_first(job: Callable[..., list[str]]) -> None:
+    pq.write_table(payments(9).set_column(2, "shop", [["gone"] * 9]), "payments/gone.parquet")
+    pq.write_table(payments(3).set_column(0, "amount", [[1.0, 2.0, float("inf")]]), "payments/bad.parquet")
+    refit.run(job("--work_folder", "."))
+    refit_per_key.run(job("--key", "shop"))
+    assert rows_of("output/quarantine-*.jsonl")
+    assert Path("output/models/gone/last.arrow").exists()
+    for name in ("gone", "bad"):
+        Path(f"payments/{name}.parquet").unlink()
+    refit_per_key.run(job("--key", "shop"))
+    assert not rows_of("output/quarantine-*.jsonl")
+    assert not Path("output/models/gone/last.arrow").exists()
+    assert sorted(path.name for path in Path().iterdir()) == ["job.yaml", "output", "payments"]
+
+
+def test_no_two_keys_share_a_folder_and_none_leaves_it(tmp_path: Path) -> None:
+    learner = BatchEM(Mixture(Gaussian(), 1), schema=Schema({"x": "numeric"})).fit([{"x": 1.0}, {"x": 2.0}])
+    keys = [
+        None,
+        "all",
+        "@all",
+        "",
+        ".",
+        "..",
+        "a/b",
+        "a",
+        1,
+        "1",
+        b"1",
+        "b'1'",
+        ("a", 1),
+        "('a', 1)",
+        "%2E.",
+        "ü" * 300,
+    ]
+    keys += ["ü" * 299, "\ud800", "-", "a b"]
+    written = [path for key in keys for _, path in WriteSnapshots(str(tmp_path)).process((key, 1.0, learner))]
+    assert len({Path(path).resolve() for path in written}) == len(keys)
+    assert {Path(path).resolve().parent.parent for path in written} == {tmp_path.resolve()}
 
 
 def test_options_that_do_not_go_together(job: Callable[..., list[str]]) -> None:

@@ -531,3 +531,14 @@ def test_published_medians_of_two_regressions() -> None:
         spread = (np.quantile(found, 0.75, axis=0) - np.quantile(found, 0.25, axis=0)) / 1.35
         error = 1.2533 * spread * math.sqrt(1 / 20 + 1 / 100)
         assert (np.abs(np.median(found, axis=0) - stated) < 0.005 + 4.0 * error).all()
+
+
+def test_events_without_a_density_are_collected_like_any_other_that_cannot_be_used() -> None:
+    schema = Schema({"x": "numeric", "y": "numeric"})
+    learner = OnlineEM(Mixture(LinearRegression("y"), 1), schema=schema, warm_up=2)
+    events = [{"x": 1.0, "y": 2.0}, {"y": 3.0}, {"x": float("inf"), "y": 1.0}, {"x": 2.0, "y": 4.1}, {"x": 3.0}]
+    batch = learner.encode(events, on_error="collect")
+    assert [(error.index, error.field) for error in batch.rejected] == [(1, "x"), (2, "x")]
+    assert batch.accepted is not None
+    assert batch.accepted.tolist() == [0, 3, 4]
+    assert learner.update(batch).n_events == 3

@@ -232,6 +232,30 @@ def test_a_stream_that_invents_features_is_bounded_counted_and_warned_of_once() 
     assert model.to_learner().n_events == 3 * MOST_NEWCOMERS + SUPPORT * 20
 
 
+@pytest.mark.parametrize("many", [False, True])
+def test_vocabularies_that_are_full_are_warned_of_once_by_name(many: bool) -> None:
+    import pandas as pd
+
+    events = [
+        {"amount": f"{0.5 * row}", "id": f"p{row}", "shop": f"s{row % 31}", "x": float(row % 7)} for row in range(300)
+    ]
+    model = MixtureClusterer(n_components=2, warm_up=50, seed=0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for start in range(0, 300, 20):
+            if many:
+                model.learn_many(pd.DataFrame(events[start : start + 20]))
+            else:
+                for event in events[start : start + 20]:
+                    model.learn_one(event)
+    texts = sorted(str(one.message) for one in caught)
+    assert [text.split("'")[1] for text in texts] == ["amount", "id"]
+    assert "converters" in texts[0]
+    assert "converters" not in texts[1]
+    assert "leave it out" in texts[1]
+    assert {one.filename for one in caught} == {__file__}
+
+
 def test_ignored_and_refused_features() -> None:
     events = numeric_events(120)
     ignoring = learned(MixtureClusterer(n_components=2, warm_up=50, unknown="ignore", seed=0), events)
@@ -489,6 +513,45 @@ def test_snapshots_go_on_where_they_stopped(estimator: Any, tmp_path: Path) -> N
     np.testing.assert_allclose(as_numbers(loaded, events), as_numbers(model, events), rtol=1e-9, atol=1e-12)
     assert load(tmp_path / "model.arrow").n_events == 200
     assert loaded.clone()._get_params() == loaded._get_params()
+
+
+def test_a_snapshot_keeps_recent_scores_and_parameters(tmp_path: Path) -> None:
+    path = tmp_path / "model.arrow"
+    events = numeric_events(400)
+    model = MixtureAnomalyDetector(
+        n_components=2, warm_up=50, calibration_window=100, max_features=3, on_drift="reseed", seed=0
+    )
+    learned(model, events[:300]).to_snapshot(path)
+    loaded = MixtureAnomalyDetector.from_snapshot(path)
+    assert (loaded.calibration_window, loaded.max_features, loaded.on_drift) == (100, 3, "reseed")
+    probes = [*events[300:], {"x": 40.0, "y": -40.0}]
+    assert [loaded.score_one(event) for event in probes] == [model.score_one(event) for event in probes]
+    # The oldest score leaves first, in both.
+    for one in (model, loaded):
+        learned(one, events[300:360])
+    np.testing.assert_allclose(
+        list(loaded._recent.unsorted_window), list(model._recent.unsorted_window), rtol=1e-9, atol=1e-12
+    )
+    third_feature = [{**event, "z": 1.0 + index % 3, "w": 1.0} for index, event in enumerate(events[:40])]
+    with pytest.warns(UserWarning, match="'z'"):
+        assert len(learned(loaded, third_feature).to_learner().schema) == 3
+
+
+def test_an_argument_wins_over_what_a_snapshot_keeps(tmp_path: Path) -> None:
+    path = tmp_path / "model.arrow"
+    model = MixtureAnomalyDetector(n_components=2, warm_up=50, calibration_window=100, max_features=3, seed=0)
+    learned(model, numeric_events(300)).to_snapshot(path)
+    shorter = MixtureAnomalyDetector.from_snapshot(path, calibration_window=30, max_features=9, on_drift="reseed")
+    assert (shorter.calibration_window, shorter.max_features, shorter.on_drift) == (30, 9, "reseed")
+    assert list(shorter._recent.unsorted_window) == list(model._recent.unsorted_window)[-30:]
+    plain = MixtureAnomalyDetector.from_snapshot(path, calibration_window=None)
+    assert plain.score_one({"x": 40.0, "y": -40.0}) > 10.0
+    clusterer = MixtureClusterer.from_snapshot(path)
+    assert clusterer.max_features == 3
+    clusterer.to_snapshot(path)
+    assert MixtureAnomalyDetector.from_snapshot(path).calibration_window is None
+    begun = MixtureAnomalyDetector.from_snapshot(path, calibration_window=20)
+    assert begun.tail_probability_one({"x": 40.0, "y": -40.0}) == 1.0
 
 
 def test_snapshots_of_the_engine_load(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from typing import Any
 
 import numpy as np
@@ -90,6 +91,90 @@ def test_families_may_be_objects_and_groups() -> None:
     assert adjusted_rand_score(LABELS, alone.predict(FRAME[["items"]].rename(columns={"items": "a"}))) > 0.5
 
 
+ZIPS = GENERATOR.integers(3, size=400) + 10_000
+VALUES = GENERATOR.normal(size=400) + 9.0 * (ZIPS == 10_000)
+
+
+@pytest.mark.parametrize("kind", ["categorical", "dictionary", "named", "named polars", "named arrow"])
+def test_whole_numbers_may_be_categories(kind: str) -> None:
+    text = pd.DataFrame({"zip": ZIPS.astype(str), "value": VALUES})
+    frame: Any = pd.DataFrame({"zip": ZIPS, "value": VALUES})
+    families = {"zip": "categorical"} if kind.startswith("named") else None
+    if kind == "categorical":
+        frame = frame.astype({"zip": "category"})
+    elif kind == "dictionary":
+        chunks = [pa.array(part).dictionary_encode() for part in np.array_split(ZIPS, 3)]
+        frame = pa.table({"zip": pa.chunked_array(chunks), "value": VALUES})
+    elif kind != "named":
+        frame = FORMS[kind.split()[1]](frame)
+    reference = MixtureModel(2, random_state=0).fit(text)
+    model = MixtureModel(2, families=families, random_state=0).fit(frame)
+    assert set(model._learner._known_schema().fields[0].categories) == {"10000", "10001", "10002"}
+    np.testing.assert_array_equal(model.predict_proba(frame), reference.predict_proba(text))
+    # The type of a column may be another in another call: its categories are the same text.
+    others = (text, pd.DataFrame({"zip": ZIPS, "value": VALUES}), frame)
+    for other in others:
+        np.testing.assert_array_equal(model.score_samples(other), reference.score_samples(text))
+    for other in others:
+        model.partial_fit(other)
+    assert len(model._learner._known_schema().fields[0].categories) == 3
+    given = model.conditional({"zip": 10_000}).parameters
+    np.testing.assert_array_equal(given.weights, model.conditional({"zip": "10000"}).parameters.weights)
+
+
+def test_booleans_may_be_categories_and_missing_stays_missing() -> None:
+    flags = pd.DataFrame({"paid": pd.Categorical([True, False, None, True] * 30), "x": np.arange(120.0)})
+    model = MixtureModel(1).fit(flags)
+    assert model._learner._known_schema().fields[0].categories == ("True", "False")
+    share = model.conditional({"x": 0.0}).log_prob([{"paid": "True"}])
+    assert np.exp(share)[0] == pytest.approx(2 / 3, abs=0.01)
+    gap = flags.iloc[[2]]
+    np.testing.assert_allclose(model.score_samples(gap), model.marginal(["x"]).log_prob([{"x": 2.0}]), rtol=1e-12)
+    zips = pd.DataFrame({"zip": pd.array([1, 2, None, 1] * 30, dtype="Int64")})
+    named = MixtureModel(1, families={"zip": "categorical"}).fit(zips)
+    assert named._learner._known_schema().fields[0].categories == ("1", "2")
+    np.testing.assert_allclose(named.score_samples(zips.iloc[[2]]), 0.0, atol=1e-12)
+
+
+def test_a_categorical_of_numbers_may_be_a_number() -> None:
+    frame = pd.DataFrame({"n": pd.Categorical([1, 2, 3, 9] * 20)})
+    model = MixtureModel(1, families={"n": "poisson"}).fit(frame)
+    assert model.parameters_[0].mean[0, 0] == pytest.approx(15 / 4, rel=1e-3)
+
+
+@pytest.mark.parametrize("floats", [pd.Series([1.0, 2.5]), pd.Series([1.0, 2.5]).astype("category")])
+def test_floats_are_no_categories(floats: pd.Series) -> None:
+    frame = pd.DataFrame({"size": floats, "x": [1.0, 2.0]})
+    with pytest.raises(SchemaError, match=r"column 'size' has type .*, but the field is a category: .*\.astype\(str\)"):
+        MixtureModel(families={"size": "categorical"}).fit(frame)
+    model = MixtureModel(families={"size": "categorical"}).fit(frame.assign(size=frame["size"].astype(str)))
+    with pytest.raises(SchemaError, match=r"\.astype\(str\)"):
+        model.predict(frame)
+
+
+def test_samples_may_be_dicts() -> None:
+    model = MixtureModel(2, families=CHOSEN, random_state=0).fit(FRAME)
+    events = FRAME.to_dict("records")
+    np.testing.assert_array_equal(model.predict(events), model.predict(FRAME))
+    np.testing.assert_array_equal(model.predict(events[3]), model.predict(FRAME.iloc[[3]]))
+    turned = [dict(reversed(event.items())) for event in events]
+    np.testing.assert_array_equal(model.score_samples(turned), model.score_samples(FRAME))
+    for gap in ({"country": "DE", "amount": None}, {"amount": float("nan"), "country": "DE"}, {"country": "DE"}):
+        expected = model.marginal(["country"]).log_prob({"country": "DE"})
+        np.testing.assert_allclose(model.score_samples(gap), expected, rtol=1e-9)
+    again = MixtureModel(2, families=CHOSEN, random_state=0).fit(events)
+    np.testing.assert_array_equal(again.predict(FRAME), model.predict(FRAME))
+    assert again.partial_fit(events).n_samples_seen_ == 1_200
+    with pytest.raises(ValueError, match="unseen at fit time:\n- extra"):
+        model.predict({"extra": 1.0})
+    with pytest.raises(ValueError, match="column 'amount' holds values of different or unknown types"):
+        model.predict([{"amount": 1.0}, {"amount": "x"}])
+    with pytest.raises(TypeError, match="sample 1 is 3, expected a mapping"):
+        model.predict([{"amount": 1.0}, 3])
+    with pytest.raises(TypeError, match="named by strings, got 0"):
+        model.predict({0: 1.0})
+
+
 def test_arrays_have_columns_too() -> None:
     counts = FRAME[["items"]].to_numpy()
     model = MixtureModel(2, families={"x0": "poisson"}, random_state=0).fit(counts)
@@ -140,6 +225,22 @@ def test_categories_beyond_the_vocabulary_are_other() -> None:
     assert many.score(frame) == pytest.approx(np.log(0.025), abs=1e-3)
     unseen = pd.DataFrame({"c": ["never seen"]})
     assert few.score(unseen) > many.score(unseen)
+
+
+def test_a_vocabulary_that_overflows_is_warned_of_once_and_by_name() -> None:
+    few = pd.DataFrame({"shop": ["a", "b", "c"] * 40, "id": [f"i{row % 3}" for row in range(120)]})
+    many = few.assign(id=[f"i{row}" for row in range(120)])
+    for learn in (lambda one: one.fit(many), lambda one: one.partial_fit(few).partial_fit(many).partial_fit(many)):
+        with pytest.warns(UserWarning, match="column 'id' has more than 3 categories") as caught:
+            model = learn(MixtureModel(1, max_categories=3, random_state=0))
+        assert len(caught) == 1
+        assert caught[0].filename == __file__
+        assert all(hint in str(caught[0].message) for hint in ("convert", "leave it out", "raise max_categories"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.predict(many)
+            model.partial_fit(many)
+            MixtureModel(1, max_categories=3, random_state=0).fit(few)
 
 
 def test_other_columns_are_refused_and_leave_the_model_untouched() -> None:
@@ -277,6 +378,12 @@ def test_marginal_and_conditional_of_mixed_columns() -> None:
         np.testing.assert_allclose(joint, parts, rtol=1e-9)
     with pytest.raises(SchemaError, match="'country' must be a string"):
         model.conditional({"country": 3.0})
+    with pytest.raises(TypeError, match="given must map features to their values"):
+        model.conditional(["country"])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"such as \['amount'\], got 'amount'"):
+        model.marginal("amount")
+    with pytest.raises(ValueError, match="name at least one feature"):
+        model.marginal([])
 
 
 def test_description_tells_components_in_the_columns_own_terms() -> None:
@@ -284,6 +391,17 @@ def test_description_tells_components_in_the_columns_own_terms() -> None:
     texts = [" ".join(f"{one.name} {one.text}" for one in component.fields) for component in model.describe()]
     assert sum("country 'DE'" in text for text in texts) == 1
     assert sum("country 'FR'" in text for text in texts) == 1
+
+
+def test_description_leaves_out_a_category_that_a_component_never_knew() -> None:
+    far = np.arange(600) % 4 == 0
+    country = pd.Series(np.where(far, None, "DE"), dtype="str")
+    frame = pd.DataFrame({"amount": FRAME["amount"] + 900.0 * far, "country": country})
+    model = MixtureModel(2, random_state=0).fit(frame)
+    named = [{field.name: field.text for field in component.fields} for component in model.describe()]
+    named.sort(key=len)
+    assert [set(one) for one in named] == [{"amount"}, {"amount", "country"}]
+    assert named[1]["country"] == "'DE' 100%"
 
 
 def test_a_name_decides_the_family_whatever_the_type_of_the_column() -> None:

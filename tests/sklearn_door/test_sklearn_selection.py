@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import sklearn.mixture
 from matplotlib.axes import Axes
 
 from stream_em.sklearn import GaussianMixture, MixtureModel, select_components
@@ -76,6 +77,32 @@ def test_the_plot_has_a_line_for_each_covariance_type() -> None:
     rows = [row for row in selection.table.to_pylist() if row["covariance_type"] == "diag"]
     assert shown == {row["n_components"]: row["aic"] for row in rows}
     assert isinstance(selection.plot(ax), Axes)
+
+
+def test_the_estimator_says_its_covariance_type_unless_types_are_given() -> None:
+    def types_of(**options: Any) -> list[str]:
+        return list(dict.fromkeys(select_components(X, [2], **options).table["covariance_type"].to_pylist()))
+
+    assert types_of() == ["full", "tied", "diag", "spherical"]
+    assert types_of(estimator=GaussianMixture(covariance_type="diag", random_state=0)) == ["diag"]
+    assert types_of(estimator=MixtureModel(covariance_type="tied", random_state=0)) == ["tied"]
+    assert types_of(estimator=GaussianMixture(random_state=0), covariance_types=(one for one in ("tied", "diag"))) == [
+        "tied",
+        "diag",
+    ]
+
+
+def test_questions_of_the_wrong_type_are_refused() -> None:
+    with pytest.raises(
+        TypeError, match=r"n_components must be several numbers, such as range\(1, 11\) or \[3\], got 5"
+    ):
+        select_components(X, 5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"covariance_types must be a list, such as \['full'\]"):
+        select_components(X, [1], covariance_types="full")
+    with pytest.raises(TypeError, match=r"sklearn\.mixture\.GaussianMixture, expected a stream_em.*from_sklearn"):
+        select_components(X, [1], estimator=sklearn.mixture.GaussianMixture())
+    with pytest.raises(TypeError, match=r"int, expected a stream_em\.sklearn\.GaussianMixture or MixtureModel"):
+        select_components(X, [1], estimator=3)  # type: ignore[arg-type]
 
 
 def test_wrong_questions_are_refused() -> None:
