@@ -198,9 +198,12 @@ class OnlineUpdate(beam.PTransform):
 
     def expand(self, keyed_events: beam.PCollection) -> OnlineOutputs:  # noqa: D102 - Beam's
         key = getattr(keyed_events.element_type, "tuple_types", (Any, Any))[0]
+        stamped = keyed_events | "Stamp" >> beam.ParDo(_Stamp()).with_outputs(REJECTED, main="pairs")
+        # Tagged outputs have no types, and Beam wants to know how to encode keys.
+        typed = beam.Map(lambda pair: pair).with_output_types(tuple[key, Any])  # type: ignore[valid-type]
         outputs = (
-            keyed_events
-            | "Stamp" >> beam.ParDo(_Stamp()).with_output_types(tuple[key, Any])  # type: ignore[valid-type]
+            stamped.pairs
+            | "Typed" >> typed
             | "Gather"
             >> beam.GroupIntoBatches(self.batch_size, self.max_wait, self._clock).with_output_types(
                 tuple[key, list[Any]]  # type: ignore[valid-type]
@@ -212,7 +215,8 @@ class OnlineUpdate(beam.PTransform):
         )
         # Tagged outputs take no coder from a type, so learners leave the state as bytes.
         learners = beam.MapTuple(_decoded).with_output_types(tuple[Any, float, OnlineEM])
-        return OnlineOutputs(outputs.scored, outputs[SNAPSHOTS] | "Learners" >> learners, outputs[REJECTED])
+        rejected = (stamped[REJECTED], outputs[REJECTED]) | "All rejected" >> beam.Flatten()
+        return OnlineOutputs(outputs.scored, outputs[SNAPSHOTS] | "Learners" >> learners, rejected)
 
 
 def _first(
@@ -284,13 +288,27 @@ def _decoded(key: Any, seconds: float, content: bytes) -> tuple[Any, float, Lear
 
 
 class _Stamp(beam.DoFn):
-    """Put the timestamp of each event beside it, where it outlives the gathering into batches."""
+    """Put the timestamp of each event beside it, where it outlives the gathering into batches.
 
-    def process(
-        self, element: tuple[Any, Any], timestamp: Any = beam.DoFn.TimestampParam
-    ) -> Iterator[tuple[Any, tuple[Any, int]]]:
+    What is no (key, event) pair, or has a key that cannot be found again, goes to the output tagged `REJECTED`.
+    """
+
+    def __init__(self) -> None:
+        self._rejected = Metrics.counter(NAMESPACE, "rejected")
+
+    def process(self, element: Any, timestamp: Any = beam.DoFn.TimestampParam) -> Iterator[Any]:
+        if not (isinstance(element, tuple) and len(element) == 2):
+            yield self._reject(None, f"got {element!r:.120}, expected a (key, event) pair")
+            return
         key, event = element
+        if key is None or key != key:  # NaN is the one value that differs from itself
+            yield self._reject(event, f"key: got {key!r}, expected a value that is equal to itself")
+            return
         yield key, (event, timestamp.micros)
+
+    def _reject(self, event: Any, reason: str) -> beam.pvalue.TaggedOutput:
+        self._rejected.inc()
+        return beam.pvalue.TaggedOutput(REJECTED, RejectedEvent(_as_mapping(event), reason))
 
 
 class _Learn(beam.DoFn):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -104,6 +105,18 @@ class ReadEvents(beam.PTransform):
         self.format = format
         self.rows = rows
 
+    def fingerprint(self) -> str:
+        """Return what tells these files from others, and from themselves once they are changed.
+
+        It is made of the names, sizes and times of change of the files; their content is not read.
+        """
+        digest = hashlib.blake2b(repr((self.format, self.rows)).encode(), digest_size=16)
+        for pattern in self.patterns:
+            for file in sorted(_Pattern.of(pattern).files(), key=lambda file: str(file.path)):
+                told = file.path, file.size_in_bytes, file.last_updated_in_seconds
+                digest.update(repr(told).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
     def expand(self, root: Any) -> beam.pvalue.DoOutputsTuple:  # noqa: D102 - Beam's
         patterns = [_Pattern.of(pattern) for pattern in self.patterns]
         for pattern in patterns:
@@ -148,10 +161,12 @@ class _Pattern(NamedTuple):
             )
 
     def matching(self) -> Iterator[str]:
+        for file in self.files():
+            yield file.path
+
+    def files(self) -> Iterator[FileMetadata]:
         (match,) = FileSystems.match([self.pattern])
-        for file in match.metadata_list:
-            if self._takes(file):
-                yield file.path
+        yield from filter(self._takes, match.metadata_list)
 
     def _takes(self, file: FileMetadata) -> bool:
         if self.folder is None:

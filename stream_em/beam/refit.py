@@ -15,6 +15,7 @@ from apache_beam.pvalue import AsDict, AsIter, AsSingleton
 
 from stream_em.beam.coders import StatisticsCoder
 from stream_em.beam.expectation import COUNTS, REJECTED, EventCounts, ExpectationStep, MergePerKey
+from stream_em.beam.reading import ReadEvents
 from stream_em.beam.storage import hand_over, read_file, working_folder, write_file
 from stream_em.beam.survey import (
     EncodeEvents,
@@ -185,7 +186,8 @@ class Refit(beam.PTransform):
         folder
             Where snapshots are kept: `start-<s>/iteration-<i>.arrow` of each start after each iteration, and
             `model.arrow` in the end. The workers must be able to write there. A run that was interrupted goes on from
-            the last whole snapshots. By default a temporary folder of this machine.
+            the last whole snapshots; files that have changed since it began are refused. By default a temporary folder
+            of this machine.
         options, runner
             Beam's.
         progress
@@ -361,7 +363,7 @@ class _Run:
             "model": repr(refit.model),
             "schema": repr(refit.schema),
             "roles": repr(refit.roles),
-            "source": self.source if isinstance(self.source, str) else type(self.source).__name__,
+            "source": _told(self.source),
             "initial_parameters": None if initial is None else BatchRun.begin(initial).origin,
             **refit.options,
         }
@@ -482,6 +484,14 @@ class _Run:
         assert self.schema is not None
         assert self.counts is not None
         return _learner(self.refit.model, self.schema, self.refit.options, run, self.counts)
+
+
+def _told(source: Source) -> str:
+    """What a source is, as far as it can be told without reading it."""
+    reading = ReadEvents(source) if isinstance(source, str) else source
+    if isinstance(reading, ReadEvents):
+        return f"{', '.join(reading.patterns)} (files {reading.fingerprint()})"
+    return type(source).__name__
 
 
 def _name(start: int) -> str:

@@ -11,7 +11,7 @@ import pytest
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.testing.test_stream import TestStream as EventStream
-from apache_beam.testing.util import assert_that
+from apache_beam.testing.util import assert_that, equal_to
 from apache_beam.transforms.window import FixedWindows, TimestampedValue
 
 from stream_em import (
@@ -531,3 +531,15 @@ def test_an_initial_learner_must_fit_and_have_components():
         GlobalUpdate(BatchEM(MODEL, schema=SCHEMA))
     with pytest.raises(ValueError, match="shards"):
         GlobalUpdate(initial, shards=0)
+
+
+def test_what_has_no_key_that_can_be_found_again_is_rejected_and_counted_once() -> None:
+    def check(rejected):
+        assert sorted(one.reason.split(",")[0] for one in rejected) == ["got 5", "key: got None", *3 * ["key: got nan"]]
+
+    update = OnlineUpdate(Mixture(Gaussian(), 1), schema=Schema({"x": "numeric"}), warm_up=2)
+    pairs = [("a", {"x": 1.0}), (None, {"x": 1.0}), *3 * [(float("nan"), {"x": 2.0})], 5, ("a", {"x": 2.0})]
+    with beam.Pipeline("FnApiRunner") as pipeline:
+        outputs = pipeline | beam.Create(pairs) | update
+        assert_that(outputs.rejected, check)
+        assert_that(outputs.scored | beam.Map(lambda one: one.key), equal_to(["a", "a"]), label="scored")

@@ -521,3 +521,17 @@ def test_a_merged_sample_of_everything_keeps_its_weights() -> None:
     fuller = parts[0].merge(parts[1]).merge(parts[2])
     fuller.add(draw_batch(CASES["poisson"], 31, 2))
     assert fuller.sample().weight is None
+
+
+def test_files_that_changed_since_the_run_began_are_another_run(tmp_path: Path) -> None:
+    events = tmp_path / "events.csv"
+    refit = Refit(Mixture(Gaussian(), 1), schema=Schema({"x": "numeric"}), max_iter=2)
+    for values, refused in (("1\n2\n3\n", False), ("1\n2\n3\n", False), ("7\n8\n9.5\n", True)):
+        if not events.exists() or refused:
+            events.write_text("x\n" + values)
+        if refused:
+            with pytest.raises(RefitError, match=r"holds another run: source was .*events\.csv \(files"):
+                refit.run(str(events), str(tmp_path / "run"), runner="FnApiRunner")
+        else:
+            learner = refit.run(str(events), str(tmp_path / "run"), runner="FnApiRunner").learner
+            assert learner.parameters.components.mean[0, 0] == pytest.approx(2.0)
