@@ -18,8 +18,9 @@ RIVER_VERSIONS := 0.26.1 0.25.0 0.24.2
 
 # The engines that pipelines are tested on, of the version of Beam that they were tested with.
 BEAM_VERSION := 2.77.0
-FLINK_VERSION := 2.2
-FLINK_JOB_SERVER := .jars/flink/beam-runners-flink-$(FLINK_VERSION)-job-server-$(BEAM_VERSION).jar
+# Where Maven has no such job server, one is put together from what the pom names: an older Beam for an older Flink.
+FLINK_JOB_SERVER := org.apache.beam:beam-runners-flink-2.2-job-server:$(BEAM_VERSION)
+FLINK_POM := tests/beam_door/flink/pom.xml
 PRISM := .jars/prism/prism
 
 .DEFAULT_GOAL := help
@@ -27,7 +28,7 @@ PRISM := .jars/prism/prism
 .PHONY: help demo test lint bench river clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "Another interpreter: make test PYTHON=python3.13 VENV=.venv-3.13"
 
@@ -54,18 +55,24 @@ river: $(RIVER_VERSIONS:%=$(VENV)-river-%/.ready)  ## run River's checks and our
 .PHONY: flink-jars prism test-flink test-prism
 
 test-flink: $(READY)  ## run the tests of pipelines on Apache Flink
-	@$(MAKE) --no-print-directory flink-jars || echo "Flink's job server cannot be fetched: its tests will be skipped" >&2
+	@$(MAKE) --no-print-directory flink-jars || echo "Flink cannot be fetched: its tests will be skipped" >&2
 	$(ONE_THREAD) $(BIN)/python -m pytest -rs -m flink tests/beam_door
 
 test-prism: $(READY) prism  ## run the tests of pipelines on Prism
 	$(ONE_THREAD) $(BIN)/python -m pytest -rs -m prism tests/beam_door
 
-flink-jars: $(FLINK_JOB_SERVER)  ## fetch the job server of Apache Flink, by Maven
+flink-jars: .jars/flink/.ready  ## fetch Apache Flink and Beam's job server for it, by Maven
+	@cat $<
 
-$(FLINK_JOB_SERVER):
-	mvn --batch-mode --quiet --update-snapshots org.apache.maven.plugins:maven-dependency-plugin:3.8.1:copy \
-		-Dartifact=org.apache.beam:beam-runners-flink-$(FLINK_VERSION)-job-server:$(BEAM_VERSION) \
-		-DoutputDirectory=$(@D)
+.jars/flink/.ready: $(FLINK_POM)
+	@rm -rf $(@D)
+	@if mvn --batch-mode --quiet --update-snapshots org.apache.maven.plugins:maven-dependency-plugin:3.8.1:copy \
+		-Dartifact=$(FLINK_JOB_SERVER) -DoutputDirectory=$(abspath $(@D)) >/dev/null 2>&1; \
+	then echo "Flink by $(FLINK_JOB_SERVER)" >$@; \
+	else mvn --batch-mode --quiet --file $< -Djars=$(abspath $(@D)) \
+			dependency:copy-dependencies -DoutputDirectory=$(abspath $(@D)) jar:jar \
+		&& echo "Flink by the jars of $<, since Maven does not find $(FLINK_JOB_SERVER)" >$@; \
+	fi
 
 prism: $(PRISM)  ## build Prism, Beam's own engine, in Go
 

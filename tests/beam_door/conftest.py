@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from engines import ENGINES, Engine, EngineMissingError
 
-MARKS = {"processes": (pytest.mark.slow,), "flink": (pytest.mark.flink,), "prism": (pytest.mark.prism,)}
+# Beam's threads that listen to Flink say so when it ends a job before they do.
+QUIET = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+MARKS = {"processes": (pytest.mark.slow,), "flink": (pytest.mark.flink, QUIET), "prism": (pytest.mark.prism,)}
 
 
 @pytest.fixture(scope="session", params=[pytest.param(name, marks=MARKS.get(name, ())) for name in ENGINES])
