@@ -146,6 +146,8 @@ class EventBlocks:
 def _n_events(events: Any) -> int:
     if isinstance(events, Batch):
         return events.n_events
+    if isinstance(events, np.ndarray) and not events.ndim:
+        return 1
     return 1 if isinstance(events, str | bytes) or not isinstance(events, Sized) else len(events)
 
 

@@ -220,6 +220,9 @@ class _EncodePerKey(beam.DoFn):
                 yield from self._encode_waiting()
         elif self.key is None:
             yield from self._encode([keys] * _n_events(events), events)
+        elif isinstance(events, pa.Table) and events.schema.names.count(self.key) > 1:
+            reason = f"the frame has more than one column {self.key!r}, which holds the keys"
+            yield self._reject(RejectedEvent(None, reason, len(events)))
         elif isinstance(events, pa.Table) and isinstance(self.key, str):
             held = self.key in events.schema.names
             keys = events.column(self.key).to_pylist() if held else [None] * len(events)
@@ -237,7 +240,13 @@ class _EncodePerKey(beam.DoFn):
     def _key_of(self, event: Any) -> Any:
         if not isinstance(event, Mapping) or self.key is None:
             return None
-        return event.get(self.key) if isinstance(self.key, str) else self.key(event)
+        if isinstance(self.key, str):
+            return event.get(self.key)
+        try:
+            return self.key(event)
+        except Exception as error:
+            # Whatever the user's function raises, it is one event that has no key.
+            return _NoKey(f"the key function raised {type(error).__name__}: {error}")
 
     def _encode_waiting(self) -> Iterator[Any]:
         waiting, self._waiting = self._waiting, []
@@ -252,8 +261,7 @@ class _EncodePerKey(beam.DoFn):
         if wrong:
             for position in wrong:
                 event = _event_at(events, position)
-                reason = f"key: got {keys[position]!r}, expected a string, bytes, a whole number or a tuple of these"
-                yield self._reject(RejectedEvent(event, reason))
+                yield self._reject(RejectedEvent(event, _why_no_key(keys[position])))
             keep = np.setdiff1d(np.arange(len(keys)), wrong)
             keys, events = [keys[position] for position in keep], _events_at(events, keep)
         for batch in self._blocks.add(events) if keys else ():
@@ -289,6 +297,19 @@ class _EncodePerKey(beam.DoFn):
         for pair in self._take():
             yield _globally(pair)
         self._ignored.inc(sum(self._blocks.ignored_fields.values()))
+
+
+@dataclass(frozen=True)
+class _NoKey:
+    """Stands for a key that could not be told."""
+
+    reason: str
+
+
+def _why_no_key(key: Any) -> str:
+    if isinstance(key, _NoKey):
+        return key.reason
+    return f"key: got {key!r}, expected a string, bytes, a whole number or a tuple of these"
 
 
 def _is_key(key: Any) -> bool:

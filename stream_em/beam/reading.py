@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import shutil
 import tempfile
@@ -20,6 +21,7 @@ from apache_beam.metrics import Metrics
 
 from stream_em.beam.events import RejectedEvent
 from stream_em.beam.expectation import NAMESPACE, REJECTED
+from stream_em.beam.storage import at_home
 from stream_em.columns import Roles
 from stream_em.sources import FORMATS, Rejection, SourceError, _check_columns, _format_of_name, open_source
 
@@ -36,7 +38,8 @@ class ReadEvents(beam.PTransform):
     ----------
     pattern
         File, folder or glob pattern (`*` within a folder, `**` across folders), or several of them, on any file
-        system that Beam knows. A folder, which ends in `/` where it is not local, stands for all its data files.
+        system that Beam knows; `~` is the home folder. A folder, which ends in `/` where it is not local, stands for
+        all its data files.
     format
         "parquet", "csv" or "jsonl"; by default each file's own, by the ending of its name.
     roles
@@ -140,6 +143,7 @@ class _Pattern(NamedTuple):
 
     @classmethod
     def of(cls, given: str) -> _Pattern:
+        given = at_home(given)
         if given.endswith("/") or (FileSystems.get_scheme(given) is None and Path(given).is_dir()):
             folder = given.rstrip("/") + "/"
             return cls(folder + "**", folder)
@@ -149,16 +153,20 @@ class _Pattern(NamedTuple):
         """Raise `SourceError` when there is nothing to read, or not all of it can be read."""
         first = next(self.matching(), None)
         if first is None:
-            raise SourceError(
-                f"{self.pattern}: no file matches the pattern"
-                if self.folder is None
-                else f"{self.folder}: the folder holds no Parquet, CSV or JSON Lines files"
-            )
+            if self.folder is not None:
+                raise SourceError(f"{self.folder}: the folder holds no Parquet, CSV or JSON Lines files")
+            raise SourceError(f"{self.pattern}: no file matches the pattern{self._hint()}")
         if self.folder is not None and "=" in str(self._inner(first).parent):
             raise SourceError(
                 f"{self.folder}: is partitioned by columns that are only in the folder names ({first}); "
                 "name the files with a glob pattern to read them without those columns"
             )
+
+    def _hint(self) -> str:
+        if FileSystems.get_scheme(self.pattern) is not None or not Path(self.pattern).exists():
+            return ""
+        meant = glob.escape(self.pattern)
+        return f", though there is a file of that very name: *, ? and [ have a meaning in patterns, so write {meant!r}"
 
     def matching(self) -> Iterator[str]:
         for file in self.files():
@@ -189,8 +197,12 @@ class _Columns:
         self.roles = replace(roles, exclude=roles.exclude + apart)
 
     def check(self, path: str, names: Sequence[str]) -> None:
-        """Raise `SourceError` when a column is lacking."""
-        _check_columns(path, names, self.roles)
+        """Raise `SourceError` when a column is lacking that is to be read."""
+        roles = self.roles
+        needless = {name for name in (roles.label, *roles.exclude) if name not in names} - set(self._keep)
+        exclude = tuple(name for name in roles.exclude if name not in needless)
+        label = None if roles.label in needless else roles.label
+        _check_columns(path, names, replace(roles, label=label, exclude=exclude))
 
     def wanted(self, names: Sequence[str]) -> list[str]:
         """The columns to be read, in the order of the file."""

@@ -32,6 +32,7 @@ from stream_em.beam.survey import (
     total_counts,
     unapplied,
     untimed,
+    with_all_fields,
 )
 from stream_em.columns import Roles
 from stream_em.learners import BatchEM, BatchRun, NotFittedError, _Progress
@@ -50,8 +51,11 @@ MODEL = "model.arrow"
 """File of a run's folder that holds the learner in the end: the snapshot of the best start."""
 
 
+_DELETE = "delete the folder of the run to begin anew"
+
+
 class RefitError(ValueError):
-    """Raised when a folder holds another run, or the events changed between two iterations."""
+    """Raised when a folder holds another run or a damaged one, or the events changed between two iterations."""
 
 
 class RefitResult(NamedTuple):
@@ -198,8 +202,8 @@ class Refit(beam.PTransform):
         NotFittedError
             When the source has no event that can be used, or none with weight.
         RefitError
-            When the folder holds a run of something else, or the source does not yield the same number of events
-            each time.
+            When the folder holds a run of something else, or a damaged one, or the source does not yield the same
+            number of events each time.
         SchemaError
             When the schema cannot be inferred.
 
@@ -371,7 +375,12 @@ class _Run:
         if not FileSystems.exists(path):
             write_file(path, json.dumps(settings, indent=1).encode())
             return
-        found = json.loads(read_file(path))
+        try:
+            found = json.loads(read_file(path))
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise RefitError(f"{path}: is damaged, it does not tell what the folder is a run of; {_DELETE}")
         differing = [name for name in settings if found.get(name) != settings[name]]
         if differing:
             told = "; ".join(f"{name} was {found.get(name)!r} and is {settings[name]!r}" for name in differing)
@@ -398,8 +407,10 @@ class _Run:
         path = self._path(start, iteration)
         content = read_file(path)
         learner = from_bytes(content, source=path)
-        assert isinstance(learner, BatchEM)
-        return learner, decode_counts(json.dumps(metadata_from_bytes(content, source=path)["counts"]))
+        metadata = metadata_from_bytes(content, source=path)
+        if not isinstance(learner, BatchEM) or "counts" not in metadata:
+            raise RefitError(f"{path}: is a snapshot of something else than a refit; {_DELETE}")
+        return learner, decode_counts(json.dumps(metadata["counts"]))
 
     def _run_of(self, learner: BatchEM, start: int) -> BatchRun:
         self.schema = learner.schema
@@ -407,7 +418,10 @@ class _Run:
         prior = None
         if learner.history:
             # The prior of every iteration is that of the first one's statistics.
-            first, _ = self._read(start, 1)
+            try:
+                first, _ = self._read(start, 1)
+            except SnapshotError as error:
+                raise RefitError(f"{error}; later iterations cannot go on without the first: {_DELETE}") from error
             assert first.statistics is not None
             prior = self.refit.model.bind(learner.schema).prior(first.statistics)
         return BatchRun(
@@ -425,7 +439,7 @@ class _Run:
         coder = ReservoirCoder(schema, refit.seed_events)
 
         def build(pipeline: beam.Pipeline) -> list[beam.PCollection]:
-            events, *rejected = read_from(pipeline, self.source, refit.roles)
+            events, *rejected = self._events(pipeline)
             blocks, counts, reason = refit.encode(events, schema, rejected)
             sample = blocks | "Sample" >> Sample(schema, refit.seed_events, refit.seed)
             return [
@@ -439,6 +453,12 @@ class _Run:
         for start in range(refit.n_starts):
             self._keep(start, _seeded(start, refit.model, refit.seed, sample))
 
+    def _events(self, pipeline: beam.Pipeline) -> tuple[beam.PCollection, ...]:
+        """Return the events and what their reading rejected."""
+        events, *rejected = read_from(pipeline, self.source, self.refit.roles)
+        assert self.schema is not None
+        return (with_all_fields(events, self.schema) if self.refit.schema is None else events, *rejected)
+
     def _iterate(self, going: dict[int, BatchRun]) -> None:
         """One EM iteration of the starts that go on, in one reading of the events."""
         refit, schema = self.refit, self.schema
@@ -446,7 +466,7 @@ class _Run:
         parameters = {start: run.parameters for start, run in going.items()}
 
         def build(pipeline: beam.Pipeline) -> list[beam.PCollection]:
-            events, *rejected = read_from(pipeline, self.source, refit.roles)
+            events, *rejected = self._events(pipeline)
             given = pipeline | "Parameters" >> beam.Create([parameters])
             found = events | "E-step" >> beam.ParDo(
                 ExpectationStep(refit.model, schema, roles=refit.roles), AsSingleton(given)

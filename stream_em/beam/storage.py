@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -39,6 +40,17 @@ def read_file(path: str) -> bytes:
     return content
 
 
+def at_home(path: str) -> str:
+    """Return a path with the home folder for a leading `~`; names of remote files are left as they are.
+
+    >>> at_home("gs://bucket/~/"), at_home("~/events/").endswith("/events/")
+    ('gs://bucket/~/', True)
+
+    """
+    # Not by `Path`, which drops the slash at the end and one of those after a scheme.
+    return os.path.expanduser(path)  # noqa: PTH111
+
+
 @contextmanager
 def working_folder(folder: str | None) -> Iterator[str]:
     """A folder for the files of a run: the one that is named, or else a temporary one.
@@ -53,7 +65,7 @@ def working_folder(folder: str | None) -> Iterator[str]:
         with TemporaryDirectory(prefix="stream_em-") as temporary:
             yield temporary
         return
-    folder = str(folder)
+    folder = at_home(str(folder))
     if any(character in folder for character in "*?["):
         raise ValueError(f"the folder {folder!r} must not hold *, ? or [, which file patterns give a meaning to")
     _discard(FileSystems.join(folder, PENDING, "*"))

@@ -19,7 +19,7 @@ from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
 
 from stream_em.arrays import from_rows, to_rows
-from stream_em.beam.events import EventBlocks
+from stream_em.beam.events import EventBlocks, RejectedEvent, _n_events
 from stream_em.beam.expectation import COUNTS, NAMESPACE, REJECTED, EventCounts
 from stream_em.beam.reading import ReadEvents
 from stream_em.beam.storage import hand_over, working_folder
@@ -32,6 +32,8 @@ from stream_em.schema import (
     Field,
     Schema,
     SchemaError,
+    _as_dicts,
+    _as_matrix,
     _is_missing,
     _kind_of_column,
     _kind_of_value,
@@ -59,6 +61,30 @@ def read_from(pipeline: beam.Pipeline, source: Source, roles: Roles | None) -> t
     read = pipeline | "Read" >> transform
     events, *rejected = (read.events, read[REJECTED]) if isinstance(read, beam.pvalue.DoOutputsTuple) else (read,)
     return (in_one_window(events), *rejected)
+
+
+def with_all_fields(events: beam.PCollection, schema: Schema) -> beam.PCollection:
+    """Return the events with missing values in the columns that a frame lacks, as dicts may lack fields.
+
+    This is for a schema that was inferred: its fields are those of all frames together, which need not be alike.
+    """
+    return events | "With all fields" >> beam.Map(_with_all_fields, schema)
+
+
+_ARROW_TYPES = {"numeric": pa.float64(), "flag": pa.bool_(), "category": pa.string()}
+
+
+def _with_all_fields(element: Any, schema: Schema) -> Any:
+    try:
+        events = in_memory(element)
+    except SchemaError:
+        # It is set apart, with the reason, when events are encoded.
+        return element
+    if isinstance(events, pa.Table):
+        for field in schema.fields:
+            if field.name not in events.schema.names:
+                events = events.append_column(field.name, pa.nulls(len(events), _ARROW_TYPES[field.kind]))
+    return events
 
 
 def unapplied(transform: beam.PTransform) -> beam.PTransform:
@@ -124,7 +150,8 @@ def infer_schema(
     Raises
     ------
     SchemaError
-        When there is no field, or a field has values of several kinds or too many values.
+        When there is no field, with the first reason where events or files were rejected, or a field has values of
+        several kinds or too many values.
 
     >>> events = [{"amount": 3, "country": "DE"}, {"amount": 1.5, "country": "FR"}, {"country": "FR"}]
     >>> infer_schema(beam.Create(events), runner="FnApiRunner").fields[1].categories
@@ -134,14 +161,25 @@ def infer_schema(
     known = untimed(roles)
 
     def build(pipeline: beam.Pipeline) -> list[beam.PCollection]:
-        events = read_from(pipeline, source, roles)[0]
-        fields = events | "Look" >> beam.ParDo(_LookAtFields(known)) | "Merge" >> beam.CombineGlobally(_MergeFields())
-        return [fields | "Encode" >> beam.Map(lambda found: ("fields", json.dumps(found).encode()))]
+        events, *rejected = read_from(pipeline, source, roles)
+        seen = events | "Look" >> beam.ParDo(_LookAtFields(known)).with_outputs(REJECTED, main="fields")
+        fields = seen.fields | "Merge" >> beam.CombineGlobally(_MergeFields())
+        reason = first_reason((*rejected, seen[REJECTED]) | "All rejected" >> beam.Flatten())
+        return [
+            fields | "Encode" >> beam.Map(lambda found: ("fields", json.dumps(found).encode())),
+            reason | "Encode reason" >> beam.MapTuple(lambda name, text: (name, text.encode())),
+        ]
 
     with working_folder(folder) as place:
-        found = hand_over(build, ["fields"], place, options=options, runner=runner)
+        found = hand_over(build, ["fields", "reason"], place, options=options, runner=runner)
+    fields = json.loads(found["fields"])
+    if not fields and "reason" in found:
+        raise SchemaError(
+            "no field could be inferred: all events were rejected, the first of the reasons being: "
+            + found["reason"].decode()
+        )
     declared = {} if roles is None else roles.kinds
-    return _schema_of(json.loads(found["fields"]), declared, max_categories)
+    return _schema_of(fields, declared, max_categories)
 
 
 # By name: the least position in an event, how many values of each kind, and how often each text comes (None: too many).
@@ -149,7 +187,7 @@ _Fields = dict[str, tuple[int, dict[str, int], dict[str, int] | None]]
 
 
 class _LookAtFields(beam.DoFn):
-    """Fields of the events of a bundle."""
+    """Fields of the events of a bundle; what holds no events goes to the output tagged `REJECTED`."""
 
     def __init__(self, roles: Roles | None) -> None:
         self.roles = Roles() if roles is None else roles
@@ -157,9 +195,15 @@ class _LookAtFields(beam.DoFn):
     def start_bundle(self) -> None:
         self._fields: _Fields = {}
 
-    def process(self, element: Any) -> None:
-        element = in_memory(element)
-        for number, name, kinds, labels in self._look(element):
+    def process(self, element: Any) -> Iterator[beam.pvalue.TaggedOutput]:
+        if isinstance(element, Batch):
+            raise SchemaError("encoded batches come with a schema: declare it")
+        try:
+            events = _as_events(element)
+        except SchemaError as error:
+            yield beam.pvalue.TaggedOutput(REJECTED, RejectedEvent(None, str(error), _n_events(element)))
+            return
+        for number, name, kinds, labels in self._look(events):
             _include(self._fields, name, (number, kinds, labels))
 
     def _look(self, element: Any) -> Iterator[tuple[int, str, dict[str, int], dict[str, int]]]:
@@ -171,10 +215,8 @@ class _LookAtFields(beam.DoFn):
             kind = "flag" if element.dtype == np.bool_ else "numeric"
             for number in range(element.shape[1]):
                 yield number, f"x{number}", {kind: len(element)}, {}
-        elif isinstance(element, Batch):
-            raise SchemaError("encoded batches come with a schema: declare it")
         else:
-            for event in [element] if isinstance(element, Mapping) else element:
+            for event in element:
                 # What is no event at all is set apart, with the reason, when events are encoded.
                 if isinstance(event, Mapping):
                     for number, name in enumerate(self.roles.model_fields(event)):
@@ -183,6 +225,20 @@ class _LookAtFields(beam.DoFn):
     def finish_bundle(self) -> Iterator[WindowedValue]:
         if self._fields:
             yield _globally(self._fields)
+
+
+def _as_events(element: Any) -> Any:
+    """Return a table, a matrix or dicts; raise `SchemaError` for what encoding would refuse as a whole."""
+    element = in_memory(element)
+    if isinstance(element, np.ndarray):
+        return _as_matrix(element)
+    if not isinstance(element, pa.Table):
+        return _as_dicts(element)
+    names = element.schema.names
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise SchemaError(f"the frame has duplicate columns: {', '.join(map(repr, repeated))}")
+    return element
 
 
 def _look_at_column(name: str, column: pa.ChunkedArray) -> tuple[dict[str, int], dict[str, int]]:

@@ -135,7 +135,8 @@ def test_a_refit_that_loses_a_worker_comes_to_the_same_numbers(cluster: Cluster,
         SlowShards(events, 0.5, reading), str(folder), options=cluster.engine.options()
     )
     killer.join()
-    assert [cluster.n_attempts(job) > 1 for job in cluster.jobs()[n_jobs:]] == [False, True]
+    _, second = cluster.jobs()[n_jobs:]
+    assert cluster.n_attempts(second) > 1
     assert_same_fit(learner, BatchEM(MODEL, **options).fit(events))
     assert (counts.n_events, counts.n_rejected) == (len(events), 0)
 
