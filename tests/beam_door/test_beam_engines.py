@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from apache_beam.ml.inference.base import RunInference
 from apache_beam.pvalue import AsSingleton
 from apache_beam.transforms.window import FixedWindows, GlobalWindows, TimestampedValue
 from engine_cases import MODEL, SCHEMA, InShards, SlowShards, a_start, assert_same, assert_same_fit, mixed_events
-from engines import PRISM, PRISM_FLAGS, Collect, Engine, collected, free_port, prism
+from engines import ENGINES, PRISM, PRISM_FLAGS, Collect, Engine, EngineMissingError, collected, free_port, prism
 
 from stream_em import (
     BatchEM,
@@ -34,6 +36,27 @@ from stream_em.beam.serving import MixtureModelHandler, SplitRejected
 from stream_em.seeding import seed
 
 SHARDS = (1, 2, 8, 64)
+
+# Beam's threads that listen to Flink say so when it ends a job before they do.
+QUIET = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+MARKS = {"processes": (pytest.mark.slow,), "flink": (pytest.mark.flink, QUIET), "prism": (pytest.mark.prism,)}
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=MARKS.get(name, ())) for name in ENGINES])
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    with pytest.MonkeyPatch.context() as patch:
+        # Worker processes import what the tests define.
+        here, paths = str(Path(__file__).parent), os.environ.get("PYTHONPATH")
+        patch.setenv("PYTHONPATH", here if not paths else os.pathsep.join([here, paths]))
+        context = ENGINES[request.param]()
+        try:
+            started = context.__enter__()
+        except EngineMissingError as error:
+            pytest.skip(str(error))
+        try:
+            yield started
+        finally:
+            context.__exit__(None, None, None)
 
 
 @pytest.mark.parametrize("shards", SHARDS)
