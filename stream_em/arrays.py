@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -47,12 +47,19 @@ def from_rows(rows: pa.RecordBatch) -> Arrays:
     """
     if not rows.schema.equals(ROWS):
         raise ValueError(f"expected the columns {', '.join(ROWS.names)}, got {', '.join(rows.schema.names)}")
-    return {str(name): _array(name, kind, shape, data) for name, kind, shape, data in zip(*columns_of(rows))}
+    arrays: Arrays = {}
+    for name, kind, shape, data in each_row(rows):
+        if not isinstance(name, str) or name in arrays:
+            raise ValueError(f"the array {name!r} has no name of its own")
+        arrays[name] = _array(name, kind, shape, data)
+    return arrays
 
 
-def columns_of(rows: pa.RecordBatch) -> list[list[Any]]:
-    """Return names, types, shapes and bytes of the arrays."""
-    return [column.to_pylist() for column in rows.columns]
+def each_row(rows: pa.RecordBatch) -> Iterator[tuple[Any, Any, Any, Any]]:
+    """Yield name, type, shape and bytes (a view) of each array; whatever is null is None."""
+    names, kinds, shapes, data = rows.columns
+    for row in range(rows.num_rows):
+        yield names[row].as_py(), kinds[row].as_py(), shapes[row].as_py(), data[row].as_buffer()
 
 
 def _array(name: Any, kind: Any, shape: Any, data: Any) -> npt.NDArray[Any]:

@@ -13,6 +13,7 @@ import os
 import secrets
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,16 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from stream_em.arrays import ROWS, Arrays, columns_of, from_rows, to_rows
+from stream_em.arrays import Arrays, each_row, from_rows, to_rows
 from stream_em.families import family_from_specification, specification_of_family
+from stream_em.families.gaussian import pooled_moments
 from stream_em.learners import BatchEM, BatchRun, OnlineEM, _Average
 from stream_em.methods import FIEM, Incremental, Method, VarianceReduced
 from stream_em.models import Mixture, MixtureParameters
 from stream_em.schedules import Constant, HalfLife, Harmonic, RobbinsMonro, Schedule
 from stream_em.schema import Batch, Field, Schema
 from stream_em.seeding import concatenate
+from stream_em.snapshot_file import read_rows, write_rows
 from stream_em.state import State
 from stream_em.statistics import Moments, Statistics, Sums, Window
 
@@ -42,6 +45,13 @@ SCHEDULES: dict[str, type[Schedule]] = {
     "half_life": HalfLife,
 }
 METHODS: dict[str, type[Method]] = {"incremental": Incremental, "variance_reduced": VarianceReduced, "fiem": FIEM}
+
+# Eigenvalues of a scatter, in units of the spread of all the events, down to minus this may be rounding.
+ROUNDING_OF_SCATTERS = 1e-9
+
+# Headers up to this size take little memory whatever they hold; longer ones hold no more lists and objects than one in
+# so many bytes.
+SMALL_HEADER, BYTES_FOR_A_CONTAINER = 2**16, 8
 
 Learner = OnlineEM | BatchEM
 
@@ -128,15 +138,13 @@ def to_bytes(learner: Learner, *, metadata: Mapping[str, Any] | None = None) -> 
     header["metadata"] = dict(metadata or {})
     try:
         text = json.dumps(header, allow_nan=False, default=_plain_number)
+        _check_size(text.encode())
     except (TypeError, ValueError) as error:
         raise SnapshotError(f"a setting or the metadata cannot be written as JSON: {error}") from None
     rows = to_rows(arrays, {HEADER_KEY: text.encode()})
-    rows = rows.replace_schema_metadata({**rows.schema.metadata, DIGEST_KEY: _digest(text.encode(), columns_of(rows))})
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, rows.schema) as writer:
-        writer.write_batch(rows)
-    content: bytes = sink.getvalue().to_pybytes()
-    return content
+    return write_rows(
+        rows.replace_schema_metadata({**rows.schema.metadata, DIGEST_KEY: digest_of(text.encode(), rows)})
+    )
 
 
 def _plain_number(value: object) -> Any:
@@ -164,20 +172,15 @@ def from_bytes(content: bytes, *, source: str = "snapshot") -> Learner:
 
 def _read(content: bytes, source: str) -> tuple[dict[str, Any], Arrays]:
     try:
-        with pa.ipc.open_file(pa.BufferReader(content)) as reader:
-            if reader.num_record_batches != 1 or not reader.schema.equals(ROWS):
-                raise SnapshotError(f"{source}: not a stream_em snapshot (an Arrow file of another kind)")
-            stated = reader.schema.metadata or {}
-            text = stated.get(HEADER_KEY)
-            rows = reader.get_batch(0)
-            rows.validate(full=True)
+        rows = read_rows(content)
     except (pa.ArrowException, OSError, ValueError) as error:
-        if isinstance(error, SnapshotError):
-            raise
-        raise SnapshotError(f"{source}: not a readable Arrow file, so no snapshot or a damaged one: {error}") from None
+        raise SnapshotError(f"{source}: not a stream_em snapshot, or a damaged one: {error}") from None
+    stated = rows.schema.metadata or {}
+    text = stated.get(HEADER_KEY)
     if text is None:
         raise SnapshotError(f"{source}: not a stream_em snapshot (the header is missing)")
     try:
+        _check_size(text)
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise SnapshotError(f"{source}: the snapshot's header is damaged: {error}") from None
@@ -190,7 +193,7 @@ def _read(content: bytes, source: str) -> tuple[dict[str, Any], Arrays]:
         )
     if not isinstance(header.get("metadata"), dict):
         raise SnapshotError(f"{source}: the snapshot's header is damaged: it holds no metadata")
-    if stated.get(DIGEST_KEY) != _digest(text, columns_of(rows)):
+    if stated.get(DIGEST_KEY) != digest_of(text, rows):
         raise SnapshotError(f"{source}: the snapshot is damaged: its content does not match its digest")
     try:
         return header, from_rows(rows)
@@ -198,10 +201,23 @@ def _read(content: bytes, source: str) -> tuple[dict[str, Any], Arrays]:
         raise SnapshotError(f"{source}: {error}") from None
 
 
-def _digest(header: bytes, columns: list[list[Any]]) -> bytes:
+def _check_size(header: bytes) -> None:
+    """Check that a header takes no more memory, as objects, than some times its length.
+
+    Text and numbers take up to a dozen times their length, but a list of two characters takes thirty times its own.
+    """
+    containers = header.count(b"[") + header.count(b"{")
+    if len(header) > SMALL_HEADER and containers > len(header) // BYTES_FOR_A_CONTAINER:
+        raise ValueError(
+            f"{containers:,} lists and objects in {len(header):,} bytes of JSON are more than one in "
+            f"{BYTES_FOR_A_CONTAINER} bytes; put numbers into longer lists"
+        )
+
+
+def digest_of(header: bytes, rows: pa.RecordBatch) -> bytes:
     """Fingerprint of everything in a snapshot: a number changed by a damaged disk is still a number."""
     digest = hashlib.blake2b(header, digest_size=16)
-    for name, kind, shape, data in zip(*columns):
+    for name, kind, shape, data in each_row(rows):
         digest.update(f"{name!r} {kind!r} {shape!r} ".encode())
         digest.update(data or b"")
     return digest.hexdigest().encode()
@@ -459,16 +475,20 @@ def _statistics_of(
     arrays: Arrays,
     at: str = "statistics",
 ) -> Statistics:
-    schema, bound = learner._known_schema(), learner._bound_model()
+    schema = learner._known_schema()
     if parameters is None:
         raise ValueError("there are statistics but no parameters")
-    shapes = bound.e_step(parameters, Batch(np.empty((len(schema), 0)), schema))
+    n_components = parameters.n_components
+    # A single component shows the shapes: an E-step of them all may take far more memory than the file.
+    one, nothing = replace(learner.model, n_components=1), Batch(np.empty((len(schema), 0)), schema)
     parts: dict[str, Sums | Moments] = {}
-    for name, template in shapes.parts.items():
+    for name, template in one.e_step(one.pooled(nothing), nothing).parts.items():
         found = {key: arrays[f"{at}/parts/{name}:{key}"] for key in template.arrays()}
-        for key, expected in template.arrays().items():
-            if found[key].shape != expected.shape or found[key].dtype != np.float64:
-                raise ValueError(f"the statistics {name!r} have shape {found[key].shape}, expected {expected.shape}")
+        for key, of_one in template.arrays().items():
+            shared = isinstance(template, Moments) and template.is_tied and key == "scatter"
+            expected = of_one.shape if shared else (n_components, *of_one.shape[1:])
+            if found[key].shape != expected or found[key].dtype != np.float64:
+                raise ValueError(f"the statistics {name!r} have shape {found[key].shape}, expected {expected}")
             if not np.isfinite(found[key]).all():
                 raise ValueError(f"the statistics {name!r} are not finite")
         parts[name] = type(template)(**found)
@@ -476,18 +496,33 @@ def _statistics_of(
         never_negative = {"values", "weight", "scatter"} if separate else {"values", "weight"}
         if any((array < 0.0).any() for key, array in found.items() if key in never_negative):
             raise ValueError(f"the statistics {name!r} hold negative weights or sums")
-        if "scatter" in found and not separate:
-            eigenvalues = np.linalg.eigvalsh(found["scatter"])
-            if (eigenvalues.min(axis=-1) < -1e-6 * np.abs(eigenvalues).max(axis=-1)).any():
-                raise ValueError(f"the statistics {name!r} hold a scatter with negative directions")
+        made = parts[name]
+        if isinstance(made, Moments) and not separate and _has_negative_directions(made):
+            raise ValueError(f"the statistics {name!r} hold a scatter with negative directions")
     time, half_life = scalars["time"], scalars["half_life"]
     return Statistics(
         parts,
         _finite(scalars["log_likelihood"]),
-        _component_ids(arrays[f"{at}/component_ids"], learner.model.n_components),
+        _component_ids(arrays[f"{at}/component_ids"], n_components),
         None if half_life is None else _finite(half_life),
         None if time is None else _finite(time),
     )
+
+
+def _has_negative_directions(moments: Moments) -> bool:
+    """Whether a scatter is that of no events, beyond what rounding makes of one.
+
+    Rounding is that of squares as large as the spread of all the events, so a component that holds next to nothing of
+    them may have nothing but rounding for a scatter.
+    """
+    mean, variance = pooled_moments(moments)
+    deviation = moments.mean - mean
+    extent = moments.weight * np.add.reduce(variance + deviation * deviation, axis=1)
+    eigenvalues = np.linalg.eigvalsh(moments.scatter)
+    if moments.is_tied:
+        extent = np.add.reduce(extent)
+    allowed = 1e-6 * np.maximum.reduce(np.abs(eigenvalues), axis=-1) + ROUNDING_OF_SCATTERS * extent
+    return bool((np.minimum.reduce(eigenvalues, axis=-1) < -allowed).any())
 
 
 def _buffer_of(schema: Schema, arrays: Arrays) -> Batch:

@@ -392,8 +392,14 @@ class LinearRegression(Family):
 
     def moments(self, parameters: LinearRegressionParameters) -> tuple[Array, Array]:
         """Return mean and variance (K, D) of each field in each component; the covariates' are those of all events."""
-        mean, covariance = _joint_moments(parameters, parameters.covariate_covariance, self._response)
-        return mean, _diagonal(covariance)
+        response, coefficients, covariance = self._response, parameters.coefficients, parameters.covariate_covariance
+        covariates = _covariates(coefficients.shape[1] + 1, response)
+        mean, variance = np.empty((2, len(coefficients), coefficients.shape[1] + 1))
+        mean[:, covariates], variance[:, covariates] = parameters.covariate_mean, _diagonal(covariance)
+        mean[:, response] = parameters.intercept + coefficients @ parameters.covariate_mean
+        explained = np.add.reduce((coefficients @ covariance) * coefficients, axis=1)
+        variance[:, response] = explained + parameters.variance
+        return mean, variance
 
     def covariance(self, parameters: LinearRegressionParameters, first: int, second: int) -> Array:  # noqa: D102
         return _joint_moments(parameters, parameters.covariate_covariance, self._response)[1][:, first, second]
