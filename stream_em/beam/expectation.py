@@ -74,9 +74,10 @@ class ExpectationStep(beam.DoFn):
     Notes
     -----
     `process` takes an element (a dict, a list of dicts, an array (n, D), an Arrow table or record batch, a
-    frame, an encoded `Batch`) and, as a side input, the `MixtureParameters` of the E-step. Several parameters by name,
-    in a mapping, or by position, in a list or tuple, stand for several starts: then (name, statistics) or (position,
-    statistics) pairs come out.
+    frame, an encoded `Batch`) and the `MixtureParameters` of the E-step: as a side input, or as they are where they are
+    known when the pipeline is made, which is faster on engines such as Flink that begin a new stage at a side input, to
+    which every event is sent. Several parameters by name, in a mapping, or by position, in a list or tuple, stand for
+    several starts: then (name, statistics) or (position, statistics) pairs come out.
 
     Events that cannot be used go to the output tagged `REJECTED`, each with the reason; how many were used, to
     the one tagged `COUNTS`. Neither fails a bundle.

@@ -467,10 +467,9 @@ class _Run:
 
         def build(pipeline: beam.Pipeline) -> list[beam.PCollection]:
             events, *rejected = self._events(pipeline)
-            given = pipeline | "Parameters" >> beam.Create([parameters])
-            found = events | "E-step" >> beam.ParDo(
-                ExpectationStep(refit.model, schema, roles=refit.roles), AsSingleton(given)
-            ).with_outputs(REJECTED, COUNTS, main="statistics")
+            # Not as a side input: at one Flink begins a new stage, to which every event would be sent.
+            step = beam.ParDo(ExpectationStep(refit.model, schema, roles=refit.roles), parameters)
+            found = events | "E-step" >> step.with_outputs(REJECTED, COUNTS, main="statistics")
             merged = found.statistics | "Merge" >> MergePerKey(refit.fanout)
             total = total_counts(found[COUNTS], rejected)
             told = _counts_and_reason(total, refit.tell([found[REJECTED], *rejected])) if first else _counts(total)
