@@ -14,16 +14,19 @@ import csv
 import difflib
 import glob
 import gzip
+import hashlib
 import io
 import json
 import re
 import sys
 import zlib
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any, Protocol, TypeAlias, TypeVar, cast
+from typing import IO, Any, NamedTuple, Protocol, Self, TypeAlias, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -61,7 +64,14 @@ _NUMERIC_KINDS = ("numeric", "count", "duration")
 # quote left open would take the rest of the file into memory.
 _CSV_BLOCK = 1 << 20
 
+# Bytes by which a file is told from another of its name; a whole file would have to be read.
+_LONGEST_START = 1 << 16
+
 Rows: TypeAlias = "pa.Table | list[dict[str, Any]]"
+Position: TypeAlias = dict[str, Any]
+"""A place between two events of a source, as JSON can hold it: `index`, the number of events before it, and what its
+reader needs to find it."""
+
 _Item = TypeVar("_Item")
 
 
@@ -129,7 +139,9 @@ class Chunk:
     files
         Pairs of path and number of events from it, in order.
     rejected
-        Events that could not be read since the chunk before.
+        Events among these that could not be read.
+    before, after
+        Where the source goes on to read these events again, and those after them.
 
     """
 
@@ -141,10 +153,16 @@ class Chunk:
     index: npt.NDArray[np.int64]
     line: npt.NDArray[np.int64] | None
     files: tuple[tuple[str, int], ...]
-    rejected: tuple[Rejection, ...] = ()
+    rejected: tuple[Rejection, ...]
+    before: Position
+    after: Position
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def position(self, index: int) -> Position:
+        """Where the source goes on at the event with this index, which is in this chunk or the first after it."""
+        return self.after if index == self.after["index"] else {**self.before, "index": index}
 
     def path_of(self, row: int) -> str:
         """File that the event at position `row` of this chunk came from."""
@@ -162,45 +180,120 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """What a reader hands over: rows of one file, and the events it could not read among them."""
+class Piece:
+    """What a reader hands over: consecutive events of one file.
+
+    Attributes
+    ----------
+    rows
+        The events that could be read: an Arrow table or dicts.
+    path
+        What to call the file in a message.
+    index
+        Position of each in the source, int64 of shape (n_events,), ascending.
+    end
+        Where the reader goes on after them: what `Reader.pieces` needs to find the place, and JSON can hold.
+    line
+        Line of each in its file, int64 of shape (n_events,), or None.
+    rejected
+        The events among them that could not be read, ascending.
+    begin
+        Where the reader goes on to read them again; None where that is after the piece before.
+
+    """
 
     rows: pa.RecordBatch | list[dict[str, Any]]
     path: str
     index: npt.NDArray[np.int64]
+    end: Position
     line: npt.NDArray[np.int64] | None = None
     rejected: tuple[Rejection, ...] = ()
+    begin: Position | None = None
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def slice(self, start: int, stop: int) -> _Piece:
+    @property
+    def start(self) -> int:
+        """Index of the first event, read or rejected; 0 if there is none."""
+        return min((*self.index[:1].tolist(), *(one.index for one in self.rejected[:1])), default=0)
+
+    @property
+    def stop(self) -> int:
+        """Index after that of the last event, read or rejected; 0 if there is none."""
+        return 1 + max((*self.index[-1:].tolist(), *(one.index for one in self.rejected[-1:])), default=-1)
+
+    def split(self, index: int) -> tuple[Piece, Piece]:
+        """The events before the one with this index, and the others."""
+        row = int(np.searchsorted(self.index, index))
+        bad = bisect_left(self.rejected, index, key=lambda rejection: rejection.index)
+        return self._part(0, row, self.rejected[:bad]), self._part(row, len(self), self.rejected[bad:])
+
+    def _part(self, start: int, stop: int, rejected: tuple[Rejection, ...]) -> Piece:
         rows = self.rows[start:stop] if isinstance(self.rows, list) else self.rows.slice(start, stop - start)
-        return _Piece(rows, self.path, self.index[start:stop], None if self.line is None else self.line[start:stop])
+        line = None if self.line is None else self.line[start:stop]
+        return replace(self, rows=rows, index=self.index[start:stop], line=line, rejected=rejected)
 
 
-def _cut(pieces: list[_Piece], rows: int) -> tuple[list[_Piece], list[_Piece]]:
-    """Split pieces after `rows` rows."""
-    taken: list[_Piece] = []
-    for position, piece in enumerate(pieces):
-        if len(piece) >= rows:
-            taken.append(piece.slice(0, rows))
-            rest = [piece.slice(rows, len(piece))] if len(piece) > rows else []
-            return taken, rest + pieces[position + 1 :]
-        if len(piece):
-            taken.append(piece)
-            rows -= len(piece)
-    return taken, []
+class _Unread:
+    """Pieces that have not been handed out, and the position before them."""
+
+    def __init__(self, position: Position) -> None:
+        self.position: Position = {"index": 0, **position}
+        self._pieces: list[Piece] = []
+        self.stop = self.index
+
+    @property
+    def index(self) -> int:
+        """Index of the next event to be handed out."""
+        index: int = self.position["index"]
+        return index
+
+    def add(self, piece: Piece) -> None:
+        """Take a piece, of which the events before the position were handed out earlier."""
+        self.stop = max(self.stop, piece.stop)
+        self._pieces.append(piece.split(self.index)[1] if piece.start < self.index else piece)
+
+    def take(self, stop: int) -> list[Piece]:
+        """Hand out the events with an index below this."""
+        n_whole = 0
+        place = self.position
+        while n_whole < len(self._pieces) and self._pieces[n_whole].stop <= stop:
+            place = self._pieces[n_whole].end
+            n_whole += 1
+        taken, self._pieces = self._pieces[:n_whole], self._pieces[n_whole:]
+        if self._pieces:
+            place = self._pieces[0].begin or place
+            begun, self._pieces[0] = self._pieces[0].split(stop)
+            taken.append(begun)
+        self.position = {**place, "index": stop}
+        return taken
 
 
-class _Reader(Protocol):
+class Reader(Protocol):
+    """What a `Source` cuts into chunks: one format, or one service.
+
+    Attributes
+    ----------
+    name, paths, columnar, restartable, live
+        As those of `Source`.
+
+    """
+
     name: str
-    paths: list[str]
+    paths: Sequence[str]
     columnar: bool
     restartable: bool
     live: bool
 
-    def pieces(self, rows: int, roles: Roles) -> Iterator[_Piece]: ...
+    def pieces(self, rows: int, roles: Roles, after: Position) -> Iterator[Piece]:
+        """Yield all events after a position: the `end` of an earlier piece with the `index` of the next event.
+
+        The position is empty at the start of the source. Events before `index` may be among the first ones. A live
+        reader ends its pieces at multiples of `rows`, so that chunks are of one size, or earlier, where the next event
+        keeps it waiting; a piece without events says that it still waits.
+        """
+        ...
 
 
 class Source:
@@ -225,7 +318,7 @@ class Source:
 
     """
 
-    def __init__(self, reader: _Reader, roles: Roles, limit: int | None = None, left_out: Sequence[str] = ()) -> None:
+    def __init__(self, reader: Reader, roles: Roles, limit: int | None = None, left_out: Sequence[str] = ()) -> None:
         self._reader = reader
         self._roles = roles
         self._limit = limit
@@ -240,18 +333,27 @@ class Source:
     def __repr__(self) -> str:
         return f"Source({self.name!r})"
 
-    def chunks(self, rows: int = 65_536) -> Iterator[Chunk]:
-        """Read the events from the first, in chunks of `rows` events.
+    def chunks(self, rows: int = 65_536, after: Position | None = None) -> Iterator[Chunk]:
+        """Read the events, from the first or from a position, in chunks that end at every `rows` events.
 
-        Only the last chunk is smaller. A live source hands out a chunk once `rows` events have come, those that
-        cannot be read counted, and so its chunks may be smaller too. If reading is interrupted (KeyboardInterrupt), the
-        events read until then come in one more chunk before the interrupt goes on.
+        Events that cannot be read are counted, so that what is in a chunk depends on nothing but `rows`: reading that
+        goes on after any position gives, from the next multiple of `rows` on, the same chunks as one from the first
+        event. Only a live source hands out smaller ones, where it would have to wait for the next event, and empty ones
+        while it waits. If reading is interrupted (KeyboardInterrupt), what a live source has read until then comes in
+        one more chunk before the interrupt goes on; other sources can read it again.
+
+        Parameters
+        ----------
+        rows
+            Events in a chunk, at least 1.
+        after
+            A `Chunk.after` or `Chunk.position` of a source of the same events, read with the same `rows`.
 
         Raises
         ------
         SourceError
-            When there is no event at all, when a column is missing, when a file is damaged, and when a source
-            that cannot be restarted is read a second time.
+            When there is no event at all, when a column is missing, when a file is damaged, when a source that cannot
+            be restarted is read a second time, and when the source no longer begins as it did before the position.
 
         """
         if rows < 1:
@@ -259,48 +361,42 @@ class Source:
         if self._started and not self.restartable:
             raise SourceError(f"{self.name}: can be read only once; write it to a file first")
         self._started = True
-        waiting: list[_Piece] = []
-        rejected: list[Rejection] = []
-        count = read = 0
+        unread = _Unread(after or {})
+        if unread.index == self._limit:
+            return
         try:
-            for piece in self._limited(self._reader.pieces(rows, self._roles)):
-                rejected.extend(piece.rejected)
-                read += len(piece) + len(piece.rejected)
-                waiting.append(piece)
-                count += len(piece)
-                while count >= rows or (self.live and count):
-                    taken, waiting = _cut(waiting, rows)
-                    count -= min(rows, count)
-                    yield self._chunk(taken, rejected)
-                    rejected = []
+            for piece in self._reader.pieces(rows, self._roles, after or {}):
+                unread.add(piece)
+                while (stop := self._next_stop(unread.index, rows)) <= unread.stop:
+                    yield self._chunk(unread, stop)
+                    if stop == self._limit:
+                        return
+                if self.live and (unread.index < unread.stop or piece.stop == 0):
+                    yield self._chunk(unread, unread.stop)
         except KeyboardInterrupt:
             # A live stream is often stopped by hand: what came before the stop was read and counts.
-            if count or rejected:
-                yield self._chunk([piece for piece in waiting if len(piece)], rejected)
+            if self.live and unread.index < unread.stop:
+                yield self._chunk(unread, unread.stop)
             raise
-        if count or rejected:
-            yield self._chunk([piece for piece in waiting if len(piece)], rejected)
-        if not read:
+        if unread.index < unread.stop:
+            yield self._chunk(unread, unread.stop)
+        if not unread.stop:
             raise SourceError(f"{self.name}: holds no events")
 
-    def _limited(self, pieces: Iterator[_Piece]) -> Iterator[_Piece]:
-        if self._limit is None:
-            yield from pieces
-            return
-        for piece in pieces:
-            keep = int(np.searchsorted(piece.index, self._limit))
-            early = tuple(rejection for rejection in piece.rejected if rejection.index < self._limit)
-            cut = piece.slice(0, keep)
-            yield _Piece(cut.rows, cut.path, cut.index, cut.line, early)
-            read = keep + len(early)
-            if read < len(piece) + len(piece.rejected) or (keep and piece.index[-1] + 1 >= self._limit):
-                return
+    def _next_stop(self, index: int, rows: int) -> int:
+        stop = (index // rows + 1) * rows
+        return stop if self._limit is None else min(stop, self._limit)
 
-    def _chunk(self, pieces: list[_Piece], rejected: list[Rejection]) -> Chunk:
+    def _chunk(self, unread: _Unread, stop: int) -> Chunk:
         roles = self._roles
+        before = unread.position
+        taken = unread.take(stop)
+        after = unread.position
+        rejected = tuple(rejection for piece in taken for rejection in piece.rejected)
+        pieces = [piece for piece in taken if len(piece)]
         if not pieces:
             none = np.empty(0, np.int64)
-            return Chunk([], [], None, None, None, none, None, (), tuple(rejected))
+            return Chunk([], [], None, None, None, none, None, (), rejected, before, after)
         index = np.concatenate([piece.index for piece in pieces])
         lines = [piece.line for piece in pieces if piece.line is not None]
         line = np.concatenate(lines) if lines else None
@@ -324,7 +420,9 @@ class Source:
                 index,
                 line,
                 files,
-                tuple(rejected),
+                rejected,
+                before,
+                after,
             )
         table = pa.Table.from_batches([piece.rows for piece in pieces])
         return Chunk(
@@ -336,7 +434,9 @@ class Source:
             index,
             line,
             files,
-            tuple(rejected),
+            rejected,
+            before,
+            after,
         )
 
     def _check_named(self, names: Collection[str], dicts: list[dict[str, Any]], path: str) -> None:
@@ -421,7 +521,7 @@ def open_source(
         return Source(_standard_input(format, delimiter), roles, limit)
     paths, left_out = _find(given, format, leave_out)
     kind = _format_of(paths) if format == "auto" else format
-    reader: _Reader
+    reader: Reader
     if kind == "parquet":
         reader = _Parquet(_name(given), paths)
     elif kind == "csv":
@@ -442,6 +542,62 @@ def river_dataset_names() -> list[str]:
     return sorted(name for name in datasets.__all__ if isinstance(getattr(datasets, name), type) and name != "base")
 
 
+def _files_after(paths: Sequence[str], after: Position, *, may_grow: bool = True) -> Iterator[tuple[str, Position]]:
+    """Yield the files that are not read to their end, each with what a position in it begins with.
+
+    That names the file, and tells it and those before it from others of the same names.
+
+    Raises
+    ------
+    SourceError
+        When the files are not those that were read up to the position.
+
+    """
+    wanted = after.get("file")
+    read = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        with _reading(path):
+            size = _size(path)
+            place: Position = {"file": path, "earlier": read.hexdigest(), "size": size, "start": _start_of(path, size)}
+        if path == wanted and place["earlier"] == after["earlier"]:
+            _check_unchanged(path, place, after, may_grow)
+            wanted = None
+        if wanted is None:
+            yield path, place
+        with _reading(path):
+            read.update(f"{path!r} {_size(path)} ".encode())
+    if wanted is not None:
+        raise SourceError(
+            f"{wanted}: events were read up to a place in this file, but now it is not among the files of the source, "
+            "or those before it are not what they were; put them back, or start afresh"
+        )
+
+
+def _size(path: str) -> int | None:
+    """Bytes of a file; None for a pipe, which has no size."""
+    return Path(path).stat().st_size if Path(path).is_file() else None
+
+
+def _start_of(path: str, size: int | None) -> str:
+    """Digest of the first bytes of a file, of no more than `size` of them; none of a pipe, where they would be gone."""
+    if not size:
+        return ""
+    with Path(path).open("rb") as stream:
+        return hashlib.blake2b(stream.read(min(size, _LONGEST_START)), digest_size=16).hexdigest()
+
+
+def _check_unchanged(path: str, place: Position, after: Position, may_grow: bool) -> None:
+    then, now = after["size"], place["size"]
+    if then is None or now is None:
+        same = then == now
+    else:
+        same = (now >= then if may_grow else now == then) and _start_of(path, then) == after["start"]
+    if not same:
+        raise SourceError(
+            f"{path}: has changed since events were read up to a place in it; put it back as it was, or start afresh"
+        )
+
+
 class _Parquet:
     columnar = True
     restartable = True
@@ -449,66 +605,148 @@ class _Parquet:
 
     def __init__(self, name: str, paths: list[str]) -> None:
         self.name = name
-        self.paths = paths
+        self.paths: Sequence[str] = paths
 
-    def pieces(self, rows: int, roles: Roles) -> Iterator[_Piece]:
+    def pieces(self, rows: int, roles: Roles, after: Position) -> Iterator[Piece]:
         expected: pa.Schema | None = None
-        index = 0
-        for path in self.paths:
-            with _reading(path, "Parquet"):
-                # Not pre-buffered: a reader that fetches whole row groups needs memory in proportion to them.
-                file = pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
+        index = after.get("first", 0)
+        for path, place in _files_after(self.paths, after, may_grow=False):
+            file = _open_parquet(path)
             with file:
                 _check_columns(path, file.schema_arrow.names, roles)
-                if expected is None:
+                columns = None
+                if path == self.paths[0]:
                     expected = file.schema_arrow.remove_metadata()
-                    columns = None
                 else:
+                    if expected is None:
+                        with _open_parquet(self.paths[0]) as first:
+                            expected = first.schema_arrow.remove_metadata()
                     columns = _same_columns(path, file.schema_arrow, expected, roles, self.paths[0])
-                for batch in _guarded(file.iter_batches(batch_size=rows, columns=columns), path, "Parquet"):
+                place = {**place, "first": index}
+                groups = list(range(file.num_row_groups))
+                while groups and index + file.metadata.row_group(groups[0]).num_rows <= after.get("index", 0):
+                    index += file.metadata.row_group(groups.pop(0)).num_rows
+                batches = file.iter_batches(batch_size=rows, row_groups=groups, columns=columns) if groups else iter(())
+                for batch in _guarded(batches, path, "Parquet"):
                     if columns is not None and not batch.schema.equals(expected):
                         batch = _cast_batch(batch, expected, path, self.paths[0])
                     if batch.num_rows:
-                        yield _Piece(batch, path, np.arange(index, index + batch.num_rows))
+                        yield Piece(batch, path, np.arange(index, index + batch.num_rows), place, begin=place)
                         index += batch.num_rows
 
 
+def _open_parquet(path: str) -> pq.ParquetFile:
+    with _reading(path, "Parquet"):
+        # Not pre-buffered: a reader that fetches whole row groups needs memory in proportion to them.
+        return pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
+
+
 class _Csv:
+    """Files, parsed by Arrow, from their start even where a position lies further on: to find cells takes little."""
+
     columnar = True
+    restartable = True
+    live = False
 
-    def __init__(self, name: str, paths: list[str], delimiter: str | None, stream: IO[bytes] | None = None) -> None:
+    def __init__(self, name: str, paths: list[str], delimiter: str | None) -> None:
         self.name = name
-        self.paths = paths
+        self.paths: Sequence[str] = paths
         self.delimiter = delimiter
-        self.stream = stream
-        self.restartable = stream is None
-        self.live = stream is not None
 
-    def pieces(self, rows: int, roles: Roles) -> Iterator[_Piece]:
-        columns: _CsvColumns | None = None
-        index = 0
-        for path in self.paths:
+    def pieces(self, rows: int, roles: Roles, after: Position) -> Iterator[Piece]:
+        columns = _CsvColumns.at(after, roles)
+        index = after.get("first", 0)
+        for path, place in _files_after(self.paths, after):
             with _reading(path, "CSV"):
-                stream = _open_binary(path) if self.stream is None else self.stream
+                stream = _open_binary(path)
             with stream:
                 delimiter = self.delimiter or ("\t" if ".tsv" in Path(path).suffixes else ",")
-                names = _csv_header(stream, path, delimiter)
+                names, _ = _csv_header(stream, path, delimiter)
                 if names is None:
                     continue
                 _check_columns(path, names, roles)
                 if columns is None:
-                    columns = _CsvColumns(roles)
+                    columns = _CsvColumns(roles, names)
                 elif set(columns.names) != set(names):
                     raise SourceError(_different_columns(path, names, columns.names, self.paths[0]))
-                parse = _parse_live_csv if self.live else _parse_csv
-                for block in parse(stream, path, names, delimiter, rows):
-                    piece = columns.piece(block, path, names, index)
-                    index += len(piece) + len(piece.rejected)
-                    yield piece
+                place = {**place, "first": index}
+                for block in _parse_csv(stream, path, names, delimiter):
+                    if index + len(block) > after.get("index", 0):
+                        yield columns.piece(block, path, names, index, place)
+                    index += len(block)
 
 
-def _csv_header(stream: IO[bytes], path: str, delimiter: str) -> list[str] | None:
-    """Take the header off a stream: the names of the columns, or None where there is nothing at all."""
+class _CsvStream:
+    """Standard input, parsed line by line: Arrow would wait for more than the events that have come."""
+
+    columnar = True
+    restartable = False
+    live = True
+
+    def __init__(self, stream: _Bytes, delimiter: str | None) -> None:
+        self.name = stream.name
+        self.paths: Sequence[str] = [stream.name]
+        self.delimiter = delimiter or ","
+        self.stream = stream
+
+    def pieces(self, rows: int, roles: Roles, after: Position) -> Iterator[Piece]:
+        index, line = after.get("index", 0), after.get("line", 1)
+        columns = _CsvColumns.at(after, roles)
+        self.stream.skip(after)
+        if columns is None:
+            names, header = _csv_header(self.stream, self.name, self.delimiter)
+            if names is None:
+                return
+            _check_columns(self.name, names, roles)
+            columns = _CsvColumns(roles, names)
+            self.stream.taken(header)
+        names = columns.names
+        for group in grouped(self._lines(line), rows, index):
+            cells = [one.cells for one in group if len(one.cells) == len(names)]
+            arrays = [pa.array(column, pa.binary()) for column in zip(*cells)] or [pa.array([], pa.binary())] * len(
+                names
+            )
+            block = _CsvBlock(
+                pa.RecordBatch.from_arrays(arrays, names=names),
+                np.array([one.line for one in group if len(one.cells) == len(names)], np.int64),
+                [
+                    (one.line, len(one.cells), _text(self.delimiter.encode().join(one.cells)))
+                    for one in group
+                    if len(one.cells) != len(names)
+                ],
+            )
+            place = {**self.stream.taken(b"".join(one.raw for one in group)), "line": group[-1].line}
+            # To be read again, they must be sent again.
+            yield replace(columns.piece(block, self.name, names, index, place), begin=None)
+            index += len(group)
+
+    def _lines(self, line: int) -> Iterator[_CsvLine]:
+        raw: list[bytes] = []
+
+        def texts() -> Iterator[str]:
+            # Lines that are no UTF-8 pass through the parser and are found out when their cells are converted.
+            for one in self.stream:
+                raw.append(one)
+                yield one.decode("utf-8", "surrogateescape")
+
+        for cells in _guarded(csv.reader(texts(), delimiter=self.delimiter), self.name, "CSV"):
+            if cells:
+                line += 1
+                yield _CsvLine(line, [cell.encode("utf-8", "surrogateescape") for cell in cells], b"".join(raw))
+                raw.clear()
+
+
+class _CsvLine(NamedTuple):
+    """An event of a CSV stream: its line, its cells, and all the bytes since the event before."""
+
+    line: int
+    cells: list[bytes]
+    raw: bytes
+
+
+def _csv_header(stream: IO[bytes] | _Bytes, path: str, delimiter: str) -> tuple[list[str] | None, bytes]:
+    """Take the header off a stream: the names of the columns, None where there is nothing at all, and its bytes."""
+    raw: list[bytes] = []
 
     def lines() -> Iterator[str]:
         encoding = "utf-8-sig"
@@ -517,12 +755,14 @@ def _csv_header(stream: IO[bytes], path: str, delimiter: str) -> list[str] | Non
                 raise SourceError(
                     f"{path}: its first line has no end that CSV knows; lines must end in LF or CR LF, not in CR alone"
                 )
+            raw.append(line)
             yield line.decode(encoding)
             encoding = "utf-8"
 
     with _reading(path, "CSV"):
         # The parser takes one line, or as many as a name in quotes has.
-        return next((cells for cells in csv.reader(lines(), delimiter=delimiter, strict=True) if cells), None)
+        names = next((cells for cells in csv.reader(lines(), delimiter=delimiter, strict=True) if cells), None)
+    return names, b"".join(raw)
 
 
 @dataclass(frozen=True)
@@ -533,8 +773,11 @@ class _CsvBlock:
     lines: npt.NDArray[np.int64]
     ragged: list[tuple[int, int, str]]
 
+    def __len__(self) -> int:
+        return len(self.lines) + len(self.ragged)
 
-def _parse_csv(stream: IO[bytes], path: str, names: list[str], delimiter: str, _: int) -> Iterator[_CsvBlock]:
+
+def _parse_csv(stream: IO[bytes], path: str, names: list[str], delimiter: str) -> Iterator[_CsvBlock]:
     """Parse by Arrow, in blocks of its own choice."""
     ragged: list[tuple[int, int, str]] = []
 
@@ -576,35 +819,24 @@ def _parse_csv(stream: IO[bytes], path: str, names: list[str], delimiter: str, _
         yield _CsvBlock(pa.RecordBatch.from_pylist([], schema), np.empty(0, np.int64), ragged)
 
 
-def _parse_live_csv(stream: IO[bytes], path: str, names: list[str], delimiter: str, rows: int) -> Iterator[_CsvBlock]:
-    """Parse line by line, and hand out the lines as soon as there are enough: Arrow would wait for more."""
-    # Lines that are no UTF-8 pass through the parser and are found out when their cells are converted.
-    texts = (line.decode("utf-8", "surrogateescape") for line in stream)
-    parsed = (cells for cells in _guarded(csv.reader(texts, delimiter=delimiter), path, "CSV") if cells)
-    for group in _groups(enumerate(parsed, 2), rows):
-        whole = [(line, cells) for line, cells in group if len(cells) == len(names)]
-        ragged = [(line, len(cells), delimiter.join(cells)) for line, cells in group if len(cells) != len(names)]
-        columns = [
-            [cell.encode("utf-8", "surrogateescape") for cell in column] for column in zip(*(c for _, c in whole))
-        ]
-        arrays = [pa.array(column, pa.binary()) for column in columns or [[]] * len(names)]
-        lines = np.array([line for line, _ in whole], np.int64)
-        yield _CsvBlock(pa.RecordBatch.from_arrays(arrays, names=names), lines, ragged)
-
-
 class _CsvColumns:
-    """Types of the columns of a CSV source, fixed by its first block, and the conversion of its cells."""
+    """Names and types of the columns of a CSV source, fixed by its first block, and the conversion of its cells."""
 
-    def __init__(self, roles: Roles) -> None:
+    def __init__(self, roles: Roles, names: list[str], types: Mapping[str, str] | None = None) -> None:
         self.roles = roles
-        self.names: list[str] = []
-        self.types: dict[str, str] = {}
+        self.names = names
+        self.types = dict(types or {})
 
-    def piece(self, block: _CsvBlock, path: str, names: list[str], index: int) -> _Piece:
+    @classmethod
+    def at(cls, position: Position, roles: Roles) -> _CsvColumns | None:
+        """Those that the source had up to a position; None at its start."""
+        return cls(roles, position["names"], position["types"]) if "names" in position else None
+
+    def piece(self, block: _CsvBlock, path: str, names: list[str], index: int, place: Position) -> Piece:
         """The typed events of a block of which the first has this index, and those that cannot be read."""
+        begin = {**place, "names": self.names, "types": self.types}
         if not self.types and block.cells.num_rows:
-            self.names = names
-            self.types = {name: self._type(name, block.cells[name]) for name in names}
+            self.types = {name: self._type(name, block.cells[name]) for name in self.names}
         every_line = np.sort([*block.lines.tolist(), *(number for number, _, _ in block.ragged)])
         rejected = {
             number: Rejection(
@@ -638,7 +870,8 @@ class _CsvColumns:
         if bad:
             kept = np.delete(np.arange(len(lines)), list(bad))
             typed, positions, lines = typed.take(pa.array(kept)), positions[kept], lines[kept]
-        return _Piece(typed, path, positions, lines, tuple(rejected[number] for number in sorted(rejected)))
+        bad_ones = tuple(rejected[number] for number in sorted(rejected))
+        return Piece(typed, path, positions, {**begin, "types": self.types}, lines, bad_ones, begin)
 
     def _type(self, name: str, cells: pa.Array) -> str:
         roles = self.roles
@@ -663,40 +896,118 @@ class _CsvColumns:
 class _JsonLines:
     columnar = False
 
-    def __init__(self, name: str, paths: list[str], stream: IO[bytes] | None = None) -> None:
+    def __init__(self, name: str, paths: list[str], stream: _Bytes | None = None) -> None:
         self.name = name
-        self.paths = paths
+        self.paths: Sequence[str] = paths
         self.stream = stream
         self.restartable = stream is None
         self.live = stream is not None
 
-    def pieces(self, rows: int, roles: Roles) -> Iterator[_Piece]:
-        index = 0
-        for path in self.paths:
-            with _reading(path, "JSON Lines"):
-                stream = _open_binary(path) if self.stream is None else self.stream
+    def pieces(self, rows: int, roles: Roles, after: Position) -> Iterator[Piece]:
+        index, line = after.get("from", 0), after.get("line", 0)
+        for stream in self._streams(after):
             with stream:
-                for group in _groups(self._events(stream, path, index), rows):
-                    index += len(group)
-                    yield _gathered(path, group)
+                begin = {**stream.taken(b""), "from": index, "line": line}
+                for group in grouped(self._events(stream, index, line), rows, index):
+                    index, line = group[-1].at + 1, group[-1].line
+                    end = {**stream.taken(b"".join(one.raw for one in group)), "from": index, "line": line}
+                    yield _gathered(stream.name, group, end, begin)
+                    begin = end
+            line = 0
 
-    def _events(self, stream: IO[bytes], path: str, index: int) -> Iterator[_Read]:
-        for number, line in enumerate(_guarded(iter(stream), path, "JSON Lines"), 1):
+    def _streams(self, after: Position) -> Iterator[_Bytes]:
+        if self.stream is not None:
+            self.stream.skip(after)
+            yield self.stream
+            return
+        for path, place in _files_after(self.paths, after):
+            with _reading(path, "JSON Lines"):
+                stream = _Bytes(_open_binary(path), path, place)
+                if after:
+                    # Only the first of them is begun.
+                    stream.skip(after)
+                    after = {}
+            yield stream
+
+    def _events(self, stream: _Bytes, index: int, number: int) -> Iterator[_Read]:
+        raw: list[bytes] = []
+        for line in _guarded(iter(stream), stream.name, "JSON Lines"):
+            number += 1
+            raw.append(line)
             if not line.strip():
                 continue
             if index == 0 and line.lstrip().startswith(b"["):
                 raise SourceError(
-                    f"{path}: begins with '[', so it is a JSON array; JSON Lines holds one object on each line"
+                    f"{stream.name}: begins with '[', so it is a JSON array; JSON Lines holds one object on each line"
                 )
-            yield index, number, _parse(line, index, path, number)
+            yield _Read(index, number, parse_event(line, index, stream.name, number), b"".join(raw))
+            raw.clear()
             index += 1
+
+
+class _Bytes:
+    """A stream of bytes, of which a position holds how many were read.
+
+    Where that is not a file (with a `place`, as `_files_after` has it) but standard input or a pipe, it holds their
+    digest as well: they come again only if whoever wrote them does it again.
+    """
+
+    def __init__(self, stream: IO[bytes], name: str, place: Position | None = None) -> None:
+        self.name = name
+        self.readline = stream.readline
+        self._stream = stream
+        self._place = place or {}
+        self._offset = 0
+        self._digest = None if self._place.get("size") is not None else hashlib.blake2b(digest_size=16)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._place:
+            self._stream.close()
+
+    def __iter__(self) -> Iterator[bytes]:
+        # `readline` and not the stream's own iterator: lines are handed on as they come.
+        return iter(self.readline, b"")
+
+    def taken(self, raw: bytes) -> Position:
+        """Count bytes that were read, and return what a position after them begins with."""
+        self._offset += len(raw)
+        place = {**self._place, "offset": self._offset}
+        if self._digest is None:
+            return place
+        self._digest.update(raw)
+        return {**place, "digest": self._digest.hexdigest()}
+
+    def skip(self, after: Position) -> None:
+        """Go on after the bytes before a position.
+
+        Raises
+        ------
+        SourceError
+            When they are not those that were read up to it.
+
+        """
+        offset = after.get("offset", 0)
+        if self._digest is None:
+            self._stream.seek(offset)
+            self._offset = offset
+            return
+        while (left := offset - self._offset) and (raw := self._stream.read(min(left, 1 << 20))):
+            self.taken(raw)
+        if offset and self.taken(b"")["digest"] != after["digest"]:
+            raise SourceError(
+                f"{self.name}: does not begin with the {offset:,} bytes that were read before; send the same stream "
+                "again from its start, or start afresh"
+            )
 
 
 class _River:
     columnar = False
     restartable = True
     live = False
-    paths: list[str] = []  # noqa: RUF012 - there never is one
+    paths: Sequence[str] = ()
 
     def __init__(self, dataset: str, label: str) -> None:
         self.name = f"river:{dataset}"
@@ -709,12 +1020,14 @@ class _River:
         except TypeError as error:
             raise SourceError(f"{self.name}: needs arguments and cannot be opened by name ({error})") from error
 
-    def pieces(self, rows: int, roles: Roles) -> Iterator[_Piece]:
-        for group in _groups(self._events(), rows):
-            yield _gathered(self.name, group)
+    def pieces(self, rows: int, roles: Roles, after: Position) -> Iterator[Piece]:
+        start = after.get("index", 0)
+        for group in grouped(self._events(start), rows, start):
+            yield _gathered(self.name, group, {})
 
-    def _events(self) -> Iterator[_Read]:
-        for index, (event, target) in enumerate(_guarded(iter(self.dataset), self.name)):
+    def _events(self, start: int) -> Iterator[_Read]:
+        events = _guarded(islice(self.dataset, start, None), self.name)
+        for index, (event, target) in enumerate(events, start):
             if not isinstance(event, dict):
                 raise SourceError(
                     f"{self.name}: its events are {type(event).__name__} and not named fields, so no mixture "
@@ -722,34 +1035,48 @@ class _River:
                 )
             if self.label in event:
                 raise SourceError(f"{self.name}: has a field {self.label!r} already; give the label another name")
-            yield index, None, {**event, self.label: target}
+            yield _Read(index, None, {**event, self.label: target})
 
 
-# An event as it is read: its position in the source, its line, and its fields or why it cannot be read.
-_Read: TypeAlias = "tuple[int, int | None, dict[str, Any] | Rejection]"
+class _Read(NamedTuple):
+    """An event as it is read: its position in the source, its line, and its fields or why it cannot be read.
+
+    `raw` are all the bytes since the event before, where a position counts them.
+    """
+
+    at: int
+    line: int | None
+    event: dict[str, Any] | Rejection
+    raw: bytes = b""
 
 
-def _gathered(path: str, group: list[_Read]) -> _Piece:
+def _gathered(path: str, group: list[_Read], end: Position, begin: Position | None = None) -> Piece:
     """One piece of some events of a file."""
-    good = [(index, line, event) for index, line, event in group if isinstance(event, dict)]
-    numbered = any(line is not None for _, line, _ in group)
-    return _Piece(
+    good = [(one.at, one.line, one.event) for one in group if isinstance(one.event, dict)]
+    numbered = any(one.line is not None for one in group)
+    return Piece(
         [event for _, _, event in good],
         path,
         np.array([index for index, _, _ in good], np.int64),
+        end,
         np.array([line for _, line, _ in good], np.int64) if numbered else None,
-        tuple(event for _, _, event in group if isinstance(event, Rejection)),
+        tuple(one.event for one in group if isinstance(one.event, Rejection)),
+        begin,
     )
 
 
-def _groups(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
-    """Lists of `size` items; the last is shorter, and so is the one in hand when reading is interrupted."""
+def grouped(items: Iterable[_Item], size: int, start: int = 0) -> Iterator[list[_Item]]:
+    """Lists of items, of which the first has the number `start`, that end at every `size`.
+
+    The last is shorter, and so is the one in hand when reading is interrupted.
+    """
     group: list[_Item] = []
+    room = size - start % size
     try:
         for item in items:
             group.append(item)
-            if len(group) >= size:
-                full, group = group, []
+            if len(group) >= room:
+                full, group, room = group, [], size
                 yield full
     except KeyboardInterrupt:
         if group:
@@ -847,37 +1174,15 @@ def _name(given: Sequence[str | Path]) -> str:
     return str(given[0]) if len(given) == 1 else f"{given[0]} and {len(given) - 1} more"
 
 
-def _standard_input(format: str, delimiter: str | None) -> _Reader:  # noqa: A002
+def _standard_input(format: str, delimiter: str | None) -> Reader:  # noqa: A002
     stream = sys.stdin.buffer
-    held = cast("IO[bytes]", _Unclosed(stream))
     if format == "parquet":
         raise SourceError("standard input: Parquet needs a file, because its index stands at the end")
     if format == "auto":
         start = cast("io.BufferedReader", stream).peek(1)
         format = "jsonl" if start.lstrip()[:1] in (b"{", b"[") else "csv"  # noqa: A001
-    if format == "jsonl":
-        return _JsonLines("standard input", ["standard input"], held)
-    return _Csv("standard input", ["standard input"], delimiter, held)
-
-
-class _Unclosed:
-    """Standard input as a stream whose `with` block does not close it."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
-
-    def __enter__(self) -> _Unclosed:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-    def __iter__(self) -> Iterator[bytes]:
-        # `readline` and not the stream's own iterator: lines are handed on as they come.
-        return iter(self._stream.readline, b"")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+    held = _Bytes(stream, "standard input")
+    return _JsonLines(held.name, [held.name], held) if format == "jsonl" else _CsvStream(held, delimiter)
 
 
 def _open_binary(path: str) -> IO[bytes]:
@@ -973,7 +1278,7 @@ def _cast_batch(batch: pa.RecordBatch, expected: pa.Schema, path: str, first: st
     return pa.RecordBatch.from_arrays(arrays, schema=expected)
 
 
-def _parse(line: bytes, index: int, path: str, number: int) -> dict[str, Any] | Rejection:
+def parse_event(line: bytes, index: int, path: str, number: int | None = None) -> dict[str, Any] | Rejection:
     """The object on a JSON line, or why it is no event."""
     reason = ""
     event: Any = None
