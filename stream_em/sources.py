@@ -98,6 +98,8 @@ class Rejection:
         What was expected.
     event
         The event as it was read: its fields, or the text of its line.
+    offset
+        Partition and offset of an event of a Kafka topic, or None.
 
     """
 
@@ -108,9 +110,14 @@ class Rejection:
     value: object
     reason: str
     event: object
+    offset: tuple[int, int] | None = None
 
     def __str__(self) -> str:
-        place = f"{self.path}, event {self.index}" + ("" if self.line is None else f" (line {self.line})")
+        place = f"{self.path}, event {self.index}"
+        if self.line is not None:
+            place += f" (line {self.line})"
+        if self.offset is not None:
+            place += " (partition {}, offset {})".format(*self.offset)
         what = "" if self.field is None else f", field {self.field!r}: {self.value!r}"
         return f"{place}{what}: {self.reason}"
 
@@ -142,6 +149,8 @@ class Chunk:
         Events among these that could not be read.
     before, after
         Where the source goes on to read these events again, and those after them.
+    offsets
+        Partition and offset of each event of a Kafka topic, int64 of shape (n_events, 2), or None.
 
     """
 
@@ -156,6 +165,7 @@ class Chunk:
     rejected: tuple[Rejection, ...]
     before: Position
     after: Position
+    offsets: npt.NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -176,7 +186,8 @@ class Chunk:
         """Rejection of the event at position `row` of this chunk, for a reason found after reading."""
         event = self.rows[row] if isinstance(self.rows, list) else self.rows.slice(row, 1).to_pylist()[0]
         line = None if self.line is None else int(self.line[row])
-        return Rejection(int(self.index[row]), self.path_of(row), line, field, value, reason, event)
+        offset = None if self.offsets is None else (int(self.offsets[row, 0]), int(self.offsets[row, 1]))
+        return Rejection(int(self.index[row]), self.path_of(row), line, field, value, reason, event, offset)
 
 
 @dataclass(frozen=True)
@@ -199,6 +210,8 @@ class Piece:
         The events among them that could not be read, ascending.
     begin
         Where the reader goes on to read them again; None where that is after the piece before.
+    offsets
+        Partition and offset of each event of a Kafka topic, int64 of shape (n_events, 2), or None.
 
     """
 
@@ -209,6 +222,7 @@ class Piece:
     line: npt.NDArray[np.int64] | None = None
     rejected: tuple[Rejection, ...] = ()
     begin: Position | None = None
+    offsets: npt.NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -232,7 +246,8 @@ class Piece:
     def _part(self, start: int, stop: int, rejected: tuple[Rejection, ...]) -> Piece:
         rows = self.rows[start:stop] if isinstance(self.rows, list) else self.rows.slice(start, stop - start)
         line = None if self.line is None else self.line[start:stop]
-        return replace(self, rows=rows, index=self.index[start:stop], line=line, rejected=rejected)
+        offsets = None if self.offsets is None else self.offsets[start:stop]
+        return replace(self, rows=rows, index=self.index[start:stop], line=line, rejected=rejected, offsets=offsets)
 
 
 class _Unread:
@@ -400,10 +415,13 @@ class Source:
         index = np.concatenate([piece.index for piece in pieces])
         lines = [piece.line for piece in pieces if piece.line is not None]
         line = np.concatenate(lines) if lines else None
+        offsets = [piece.offsets for piece in pieces if piece.offsets is not None]
         files = tuple((piece.path, len(piece)) for piece in pieces)
         if isinstance(pieces[0].rows, list):
             dicts: list[dict[str, Any]] = [row for piece in pieces for row in piece.rows]
-            self._check_named(set().union(*dicts), dicts, pieces[0].path)
+            if not offsets:
+                # A topic has no end at which its first messages could be put right.
+                self._check_named(set().union(*dicts), dicts, pieces[0].path)
             events: Rows = dicts
             if roles.only is not None or roles.named():
                 apart, only = set(roles.named()), roles.only
@@ -423,6 +441,7 @@ class Source:
                 rejected,
                 before,
                 after,
+                np.concatenate(offsets) if offsets else None,
             )
         table = pa.Table.from_batches([piece.rows for piece in pieces])
         return Chunk(
@@ -1285,7 +1304,7 @@ def parse_event(line: bytes, index: int, path: str, number: int | None = None) -
     try:
         event = json.loads(line)
     except (ValueError, RecursionError) as error:
-        reason = f"expected a JSON object, but the line does not parse: {error}"
+        reason = f"expected a JSON object, but it does not parse: {error}"
     else:
         if not isinstance(event, dict):
             reason = f"expected a JSON object, got {type(event).__name__}"

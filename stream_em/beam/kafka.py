@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 import time as clock
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import apache_beam as beam
 from apache_beam.io.iobase import WatermarkEstimator
@@ -20,14 +18,21 @@ from apache_beam.utils.timestamp import MIN_TIMESTAMP, Duration, Timestamp
 from stream_em.beam.events import RejectedEvent
 from stream_em.beam.expectation import NAMESPACE, REJECTED
 from stream_em.columns import seconds_of
+from stream_em.kafka import (
+    FOREVER,
+    KafkaMessage,
+    Offsets,
+    PartitionRange,
+    check_config,
+    client_library,
+    decode_json,
+    find_partitions,
+    is_end,
+    open_consumer,
+    poll,
+    read_message,
+)
 
-Offsets: TypeAlias = "str | Mapping[tuple[str, int], int]"
-
-# Settings that would let the client choose where to read, or not tell where a partition ends.
-_OWN_SETTINGS = ("auto.offset.reset", "enable.auto.commit", "enable.auto.offset.store", "enable.partition.eof")
-_FOREVER = sys.maxsize
-# Messages taken from the client at once.
-_BATCH = 500
 # A reader pauses after so many messages or seconds, so that its progress is checkpointed and its bundle ends.
 _PAUSE_MESSAGES = 10_000
 _PAUSE_SECONDS = 1.0
@@ -36,57 +41,9 @@ _FIRST_WAIT = 10.0
 _WAIT = 0.1
 # Seconds until a partition that has been read to its end is looked at again.
 _PAUSE_AT_END = 0.2
-_METADATA_TIMEOUT = 30.0
 # The times that Beam's windows know, in seconds.
 _EARLIEST = MIN_TIMESTAMP.micros / 1_000_000
 _LATEST = GlobalWindow().max_timestamp().micros / 1_000_000
-
-
-class KafkaMessage(NamedTuple):
-    """A message of a Kafka topic.
-
-    Parameters
-    ----------
-    topic
-        Its topic.
-    partition, offset
-        Its place there.
-    key, value
-        Its bytes, or None.
-    timestamp
-        Seconds since 1970 at which it was made, or appended, as the topic is configured; None where it has none.
-    headers
-        Pairs of name and bytes.
-
-    """
-
-    topic: str
-    partition: int
-    offset: int
-    key: bytes | None
-    value: bytes | None
-    timestamp: float | None
-    headers: tuple[tuple[str, bytes | None], ...]
-
-    def __str__(self) -> str:
-        return f"{self.topic}[{self.partition}] at offset {self.offset}"
-
-
-def decode_json(message: KafkaMessage) -> Any:
-    """Return the value of a message that holds JSON.
-
-    Raises
-    ------
-    ValueError
-        When there is no value, or it is no JSON.
-
-    """
-    if message.value is None:
-        raise ValueError("expected a JSON object, but the message has no value")
-    try:
-        return json.loads(message.value)
-    except ValueError as error:
-        raise ValueError(f"expected a JSON object, but it does not parse: {error}") from error
 
 
 class ReadKafka(beam.PTransform):
@@ -180,12 +137,8 @@ class ReadKafka(beam.PTransform):
         idle_timeout: float | None = None,
     ) -> None:
         super().__init__()
-        _confluent_kafka()
-        if "bootstrap.servers" not in config:
-            raise ValueError("config needs 'bootstrap.servers': the addresses of some brokers, host:port")
-        for name in _OWN_SETTINGS:
-            if name in config:
-                raise ValueError(f"config must not set {name!r}: say where to read with start and stop")
+        client_library()
+        check_config(config)
         for name, seconds in (("max_out_of_orderness", max_out_of_orderness), ("idle_timeout", idle_timeout)):
             if seconds is not None and not 0.0 <= seconds < math.inf:
                 raise ValueError(f"{name} must be a number of seconds from 0 up, got {seconds!r}")
@@ -231,37 +184,6 @@ def _check_offsets(name: str, offsets: Offsets, words: tuple[str, ...], topics: 
             raise ValueError(f"{name} of {topic}[{partition}] must be a whole number from 0 up, got {offset!r}")
 
 
-def _confluent_kafka() -> Any:
-    try:
-        import confluent_kafka
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("ReadKafka needs confluent-kafka: pip install 'stream-em[kafka]'") from error
-    return confluent_kafka
-
-
-def _consumer(config: Mapping[str, Any]) -> Any:
-    defaults = {
-        # A group has to have a name, though nothing is committed to it.
-        "group.id": "stream-em",
-        # How soon the broker says that there is nothing more, milliseconds.
-        "fetch.wait.max.ms": 100,
-    }
-    own = {"enable.auto.commit": False, "enable.partition.eof": True, "auto.offset.reset": "error"}
-    return _confluent_kafka().Consumer({**defaults, **config, **own})
-
-
-class _Partition(NamedTuple):
-    """A partition, and the offsets to be read of it: from `start` up to but not including `stop`."""
-
-    topic: str
-    partition: int
-    start: int
-    stop: int
-
-    def __str__(self) -> str:
-        return f"{self.topic}[{self.partition}]"
-
-
 class _FindPartitions(beam.DoFn):
     """Topics in, their partitions out."""
 
@@ -270,51 +192,9 @@ class _FindPartitions(beam.DoFn):
         self.start = start
         self.stop = stop
 
-    def process(self, topic: str) -> Iterator[_Partition]:
-        kafka = _confluent_kafka()
-        consumer = _consumer(self.config)
-        try:
-            found = consumer.list_topics(topic, timeout=_METADATA_TIMEOUT).topics[topic]
-            if found.error is not None:
-                raise ValueError(f"topic {topic!r}: {found.error.str()} (brokers: {self.config['bootstrap.servers']})")
-            self._check_partitions(topic, found.partitions)
-            for partition in sorted(found.partitions):
-                place = kafka.TopicPartition(topic, partition)
-                held = consumer.get_watermark_offsets(place, timeout=_METADATA_TIMEOUT)
-                offsets = self._offsets(topic, partition, *held)
-                if offsets.start < offsets.stop:
-                    yield offsets
-        except kafka.KafkaException as error:
-            raise ConnectionError(
-                f"no answer from the Kafka brokers at {self.config['bootstrap.servers']} ({error.args[0].str()})"
-            ) from error
-        finally:
-            consumer.close()
-
-    def _check_partitions(self, topic: str, partitions: Mapping[int, Any]) -> None:
-        for name, offsets in (("start", self.start), ("stop", self.stop)):
-            named = [] if offsets is None or isinstance(offsets, str) else list(offsets)
-            for other, partition in named:
-                if other == topic and partition not in partitions:
-                    raise ValueError(
-                        f"{name} has an offset for {topic}[{partition}], but the topic has partitions "
-                        f"{', '.join(map(str, sorted(partitions)))}"
-                    )
-
-    def _offsets(self, topic: str, partition: int, earliest: int, latest: int) -> _Partition:
-        start = {"earliest": earliest, "latest": latest}[self.start] if isinstance(self.start, str) else None
-        if start is None:
-            start = self.start.get((topic, partition), earliest)  # type: ignore[union-attr]
-            if not earliest <= start <= latest:
-                raise ValueError(
-                    f"{topic}[{partition}] cannot be read from offset {start}: Kafka holds {earliest} to {latest - 1} "
-                    f"(next: {latest})"
-                )
-        if self.stop is None:
-            stop = _FOREVER
-        else:
-            stop = latest if isinstance(self.stop, str) else self.stop.get((topic, partition), latest)
-        return _Partition(topic, partition, start, stop)
+    def process(self, topic: str) -> Iterator[PartitionRange]:
+        ranges = find_partitions(self.config, topic, self.start, self.stop)
+        yield from (one for one in ranges if one.start < one.stop)
 
 
 class _EndlessTracker(OffsetRestrictionTracker):
@@ -382,27 +262,27 @@ class _ReadPartition(beam.DoFn, RestrictionProvider, WatermarkEstimatorProvider)
         self._messages = Metrics.counter(NAMESPACE, "messages")
         self._rejected = Metrics.counter(NAMESPACE, "rejected")
 
-    def initial_restriction(self, element: _Partition) -> OffsetRange:
+    def initial_restriction(self, element: PartitionRange) -> OffsetRange:
         return OffsetRange(element.start, element.stop)
 
     def create_tracker(self, restriction: OffsetRange) -> OffsetRestrictionTracker:
-        kind = _EndlessTracker if restriction.stop == _FOREVER else OffsetRestrictionTracker
+        kind = _EndlessTracker if restriction.stop == FOREVER else OffsetRestrictionTracker
         return kind(restriction)
 
-    def restriction_size(self, element: _Partition, restriction: OffsetRange) -> int:
+    def restriction_size(self, element: PartitionRange, restriction: OffsetRange) -> int:
         # How many messages an endless range has to offer is not known; it is read by one worker anyway.
         size: int = restriction.size()
-        return 1 if restriction.stop == _FOREVER else size
+        return 1 if restriction.stop == FOREVER else size
 
-    def initial_estimator_state(self, element: _Partition, restriction: OffsetRange) -> tuple[int, float]:
+    def initial_estimator_state(self, element: PartitionRange, restriction: OffsetRange) -> tuple[int, float]:
         return MIN_TIMESTAMP.micros, clock.time()
 
     def create_watermark_estimator(self, state: tuple[int, float]) -> _EventTimeWatermark:
         return _EventTimeWatermark(state, self.max_out_of_orderness)
 
     def setup(self) -> None:
-        self._kafka = _confluent_kafka()
-        self._consumer = _consumer(self.config)
+        self._kafka = client_library()
+        self._consumer = open_consumer(self.config)
         # Where the client is: topic, partition and the offset that it would give next.
         self._place: tuple[str, int, int] | None = None
 
@@ -411,7 +291,7 @@ class _ReadPartition(beam.DoFn, RestrictionProvider, WatermarkEstimatorProvider)
 
     def process(
         self,
-        element: _Partition,
+        element: PartitionRange,
         tracker: Any = beam.DoFn.RestrictionParam(),  # noqa: B008 - Beam's way to declare it
         watermark: Any = beam.DoFn.WatermarkEstimatorParam(),  # noqa: B008
     ) -> Iterator[Any]:
@@ -420,12 +300,12 @@ class _ReadPartition(beam.DoFn, RestrictionProvider, WatermarkEstimatorProvider)
         until = clock.monotonic() + _PAUSE_SECONDS
         n_messages = 0
         while offset < tracker.current_restriction().stop:
-            messages = self._poll(wait)
+            messages = poll(self._consumer, wait)
             at_end = not messages
             done, n_new, latest = False, 0, MIN_TIMESTAMP.micros
             for message in messages:
                 if message.error() is not None:
-                    at_end = self._is_end(message, element, offset)
+                    at_end = is_end(message)
                     # Where transactions end there are offsets without a message, and they may be the last.
                     done = at_end and message.offset() >= tracker.current_restriction().stop
                     if done:
@@ -459,7 +339,7 @@ class _ReadPartition(beam.DoFn, RestrictionProvider, WatermarkEstimatorProvider)
                 tracker.defer_remainder()
                 return
 
-    def _go_to(self, element: _Partition, offset: int) -> float:
+    def _go_to(self, element: PartitionRange, offset: int) -> float:
         """Let the client read from an offset on; return how long to wait for the first message."""
         place = (element.topic, element.partition, offset)
         if self._place == place:
@@ -471,35 +351,8 @@ class _ReadPartition(beam.DoFn, RestrictionProvider, WatermarkEstimatorProvider)
         self._place = None
         return wait
 
-    def _poll(self, wait: float) -> list[Any]:
-        first = self._consumer.poll(wait)
-        return [] if first is None else [first, *self._consumer.consume(_BATCH - 1, 0)]
-
-    def _is_end(self, message: Any, element: _Partition, offset: int) -> bool:
-        """Whether what came instead of a message says that there is none left; what does not pass is raised."""
-        error, codes = message.error(), self._kafka.KafkaError
-        if error.code() == codes._AUTO_OFFSET_RESET:
-            raise ValueError(
-                f"{element}: cannot be read from offset {offset} ({error.str()}). Kafka does not hold it any more, or "
-                "the topic was made anew; begin again with start="
-            )
-        passing = (codes._TRANSPORT, codes._ALL_BROKERS_DOWN, codes._TIMED_OUT, codes._RESOLVE)
-        if error.code() != codes._PARTITION_EOF and error.code() not in passing and not error.retriable():
-            raise RuntimeError(f"{element}: cannot be read from offset {offset} ({error.str()})")
-        return bool(error.code() == codes._PARTITION_EOF)
-
     def _read(self, message: Any, watermark: Any) -> Any:
-        kind, milliseconds = message.timestamp()
-        dated = kind != self._kafka.TIMESTAMP_NOT_AVAILABLE
-        read = KafkaMessage(
-            message.topic(),
-            message.partition(),
-            message.offset(),
-            message.key(),
-            message.value(),
-            milliseconds / 1_000 if dated else None,
-            tuple(message.headers() or ()),
-        )
+        read = read_message(message)
         try:
             event = self.decode(read)
             if not isinstance(event, Mapping):
@@ -543,7 +396,7 @@ class _FollowPartition(_ReadPartition):
     @beam.DoFn.unbounded_per_element()  # type: ignore[untyped-decorator]
     def process(
         self,
-        element: _Partition,
+        element: PartitionRange,
         tracker: Any = beam.DoFn.RestrictionParam(),  # noqa: B008
         watermark: Any = beam.DoFn.WatermarkEstimatorParam(),  # noqa: B008
     ) -> Iterator[Any]:

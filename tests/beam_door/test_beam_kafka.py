@@ -28,13 +28,8 @@ kafka_broker = pytest.importorskip("kafka_broker", reason="needs confluent-kafka
 from kafka_follow import with_place  # noqa: E402
 
 from stream_em.beam.expectation import NAMESPACE  # noqa: E402
-from stream_em.beam.kafka import (  # noqa: E402
-    ReadKafka,
-    _EventTimeWatermark,
-    _Partition,
-    _ReadPartition,
-    decode_json,
-)
+from stream_em.beam.kafka import ReadKafka, _EventTimeWatermark, _ReadPartition  # noqa: E402
+from stream_em.kafka import PartitionRange, decode_json  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +311,7 @@ def test_what_does_not_exist_is_told(cluster):
 
 
 def test_brokers_that_do_not_answer_are_told(monkeypatch):
-    monkeypatch.setattr("stream_em.beam.kafka._METADATA_TIMEOUT", 0.5)
+    monkeypatch.setattr("stream_em.kafka.METADATA_TIMEOUT", 0.5)
     with pytest.raises(ConnectionError, match=r"no answer from the Kafka brokers at 127\.0\.0\.1:1 "):
         read(ReadKafka({"bootstrap.servers": "127.0.0.1:1", "log_level": 0}, "topic", stop="latest"))
 
@@ -353,7 +348,7 @@ def test_only_a_read_without_an_end_is_unbounded(mock):
 def test_a_split_in_the_middle_of_a_batch_neither_loses_nor_repeats(mock, fraction, n_before):
     topic = mock.topic()
     mock.produce(topic, 0, texts(range(600)))
-    partition = _Partition(topic, 0, 0, 600)
+    partition = PartitionRange(topic, 0, 0, 600)
     reader = _ReadPartition(mock.config, decode_json, None, 0.0, None)
     reader.setup()
 

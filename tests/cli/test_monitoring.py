@@ -101,7 +101,7 @@ def test_the_rate_is_that_of_the_last_minute(learner):
 def test_reasons_are_counted_without_the_values_in_them_and_not_without_end(learner):
     monitor = Monitor()
     for number in range(1_000):
-        monitor.quarantined(None, f"expected a JSON object, but the line does not parse: char {number}")
+        monitor.quarantined(None, f"expected a JSON object, but it does not parse: char {number}")
         monitor.quarantined(None, f"expected 3 cells as in the header, got {number}; a quote may have been left open")
         monitor.quarantined("amount", "expected a finite number")
     for number in range(1_000):
@@ -109,7 +109,7 @@ def test_reasons_are_counted_without_the_values_in_them_and_not_without_end(lear
     with served(monitor, "127.0.0.1", 0) as port:
         counts = {key[1:]: value for key, value in metrics(port).items() if key[0].endswith("quarantined_events_total")}
     assert sum(counts.values()) == 4_000
-    assert counts["", "expected a JSON object, but the line does not parse"] == 1_000
+    assert counts["", "expected a JSON object, but it does not parse"] == 1_000
     assert counts["", "expected 3 cells as in the header"] == 1_000
     assert counts["amount", "expected a finite number"] == 1_000
     assert counts["", "other"] > 800

@@ -13,7 +13,7 @@ from pathlib import Path
 from confluent_kafka import KafkaException, Producer
 from confluent_kafka.admin import AdminClient, NewTopic
 
-JARS = Path(__file__).parents[2] / ".jars" / "kafka"
+JARS = Path(__file__).parents[1] / ".jars" / "kafka"
 JAVA = ["java", "-Xmx512m", "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-cp", f"{JARS}/*"]
 # The shell kills the broker when this process ends, however it ends: then its standard input is closed.
 WATCHED = ["sh", "-c", '"$@" </dev/null & read _; kill -9 $!; wait', "sh"]
