@@ -25,9 +25,9 @@ from stream_em.beam.refit import Refit
 from stream_em.beam.survey import infer_schema
 from stream_em.beam.writing import WriteRejected
 from stream_em.cli.build import make_model, make_schema, make_source
+from stream_em.cli.common import draw_learner, load_plots
 from stream_em.cli.config import Config, ConfigError, SourceSection, load_config
 from stream_em.cli.display import component_table, say
-from stream_em.cli.jobs import draw_learner, load_plots
 from stream_em.columns import Roles, seconds_of
 from stream_em.sources import SourceError
 

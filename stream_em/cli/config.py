@@ -196,6 +196,10 @@ class OutputSection(Section):
     """Put before the names of the added columns, for events that have such columns already."""
     on_error: Literal["quarantine", "raise"] = "quarantine"
     """Whether an event that cannot be used is set aside or ends the run."""
+    checkpoint_every: Annotated[int, Field(ge=1)] = 1_000_000
+    """`run` writes its snapshot after about so many events; killed, it goes on from there."""
+    roll_events: Annotated[int, Field(ge=1)] | None = None
+    """`run` begins a new file of scored events at the first snapshot after so many; left out, there is one file."""
 
     @model_validator(mode="after")
     def _distinct(self) -> OutputSection:
@@ -205,6 +209,8 @@ class OutputSection(Section):
         files = [Path(self.folder, name).resolve() for name in names if name is not None]
         if len(set(files)) < len(files):
             raise ValueError("expected a different file for each output")
+        if self.roll_events is not None and self.snapshot is None:
+            raise ValueError("roll_events needs a snapshot: files are rolled when it is written")
         return self
 
 

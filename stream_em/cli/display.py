@@ -19,10 +19,20 @@ _SECONDS_BETWEEN_FRAMES = 0.1
 
 
 class Progress:
-    """A live line on a terminal; elsewhere a plain line every few seconds, without control codes."""
+    """A live line on a terminal; elsewhere a plain line every few seconds, without control codes.
 
-    def __init__(self, console: Console) -> None:
+    Parameters
+    ----------
+    console
+        Where to show it.
+    n_before
+        Events that were there at the start.
+
+    """
+
+    def __init__(self, console: Console, n_before: int = 0) -> None:
         self._console = console
+        self._n_before = n_before
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         self._started = time.perf_counter()
         self._shown = self._started
@@ -40,7 +50,7 @@ class Progress:
     def show(self, n_events: int, **facts: str) -> None:
         """Show the number of events, their rate, and other facts by name."""
         self._shown = time.perf_counter()
-        rate = n_events / max(self.seconds, 1e-9)
+        rate = (n_events - self._n_before) / max(self.seconds, 1e-9)
         parts = [f"{n_events:,} events", f"{rate:,.0f} events/s"]
         parts.extend(f"{name.replace('_', ' ')} {value}" for name, value in facts.items())
         line = " · ".join(parts)

@@ -32,8 +32,10 @@ from stream_em import (
     save,
 )
 from stream_em.cli import jobs
+from stream_em.cli.common import DataError, draw_learner, load_learner
 from stream_em.cli.display import component_table, facts_table, say
 from stream_em.cli.outputs import OutputError
+from stream_em.cli.run import run as run_job
 from stream_em.sources import SourceError, same_file
 
 # Usage errors, which Typer reports, leave with 2 as well.
@@ -48,7 +50,7 @@ _DATA_ERRORS = (
     SnapshotError,
     MergeError,
     NotFittedError,
-    jobs.DataError,
+    DataError,
     OutputError,
 )
 
@@ -111,13 +113,20 @@ SnapshotFile = Annotated[
         keys=True,
     )
 )
-def run(config: ConfigFile, overrides: Overrides = None) -> None:
+def run(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start anew, and give up what an unfinished run of this folder has done.")
+    ] = False,
+) -> None:
     """Score each batch of events, then learn from it (online EM).
 
     Writes the scored events, a snapshot of the model, a picture, and the events that could not be used.
-    Ctrl-C finishes the batch in hand and writes everything.
+    Ctrl-C or SIGTERM finish the batch in hand and write everything. A run that was stopped, or killed at any moment,
+    goes on where it was when the same command is started again.
     """
-    jobs.run(load_config(config, overrides or []), Console(), read=[config])
+    run_job(load_config(config, overrides or []), Console(), read=[config], fresh=fresh)
 
 
 @app.command(
@@ -201,7 +210,7 @@ def show(
     fields: Annotated[int, typer.Option("--fields", "-n", min=1, help="Fields to list per component.")] = 4,
 ) -> None:
     """Show the components of a learned model: id, weight, and the fields that set each apart."""
-    learner = jobs.load_learner(snapshot)
+    learner = load_learner(snapshot)
     schema = learner.schema
     console = Console()
     facts: list[tuple[str, Any]] = [
@@ -230,13 +239,13 @@ def plot(
     ] = None,
 ) -> None:
     """Draw the components of a learned model."""
-    learner = jobs.load_learner(snapshot)
+    learner = load_learner(snapshot)
     path = output or snapshot.with_suffix(".png")
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"--output {path}: expected a name ending in .png, .svg or .pdf")
     if same_file(path, snapshot):
         raise ConfigError(f"{path}: is the snapshot and would be overwritten; name the picture with --output")
-    jobs.draw_learner(learner, path)
+    draw_learner(learner, path)
     say(Console(), f"wrote {path}")
 
 
@@ -262,13 +271,13 @@ def merge(
     if len(snapshots) < 2:
         raise ConfigError("merge needs two snapshots or more")
     # A learner merges with its own kind and says so otherwise.
-    merged: Any = jobs.load_learner(snapshots[0])
+    merged: Any = load_learner(snapshots[0])
     for path in snapshots[1:]:
-        other = jobs.load_learner(path)
+        other = load_learner(path)
         try:
             merged = merged.merge(other)
         except (MergeError, SchemaError) as error:
-            raise jobs.DataError(f"{snapshots[0]} and {path} do not merge: {error}") from error
+            raise DataError(f"{snapshots[0]} and {path} do not merge: {error}") from error
     output.parent.mkdir(parents=True, exist_ok=True)
     save(merged, output)
     console = Console()

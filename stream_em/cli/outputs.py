@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import base64
+import glob
+import hashlib
 import json
 import math
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, Protocol, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stream_em.cli.segments import SegmentedParquet
 from stream_em.schema import Schema
 from stream_em.sources import Chunk, Rejection, SourceError
 
@@ -24,13 +31,109 @@ from stream_em.sources import Chunk, Rejection, SourceError
 # read; more cost memory.
 ROW_GROUP = 65_536
 
+# Different reasons, and different fields, that are counted by themselves: hostile events may bring any number.
+_MOST_COUNTED = 1_000
+_OTHERS = "others"
+
+# Bytes by whose digest the end of a file is known again.
+_TAIL = 4_096
+
+Committed: TypeAlias = dict[str, Any]
+"""What is needed to go on with an output after a place in it, as JSON can hold it."""
+
 
 class OutputError(ValueError):
     """A file that cannot be written."""
 
 
+class Output(Protocol):
+    """What a job writes as it goes, and can go on with after it was killed.
+
+    It is made with the last thing that `commit` returned, or None for a new one: what it was given since then has never
+    been. It ends by `publish` or by `close`.
+    """
+
+    def commit(self) -> Committed:
+        """Make sure that nothing of what was written until now is lost, and return the place."""
+        ...
+
+    def publish(self) -> None:
+        """Make the whole available to others, under its own name."""
+        ...
+
+    def close(self, *, keep: bool) -> None:
+        """End early; `keep` what can be gone on with, or leave nothing behind."""
+        ...
+
+
+class ScoreSink(Output, Protocol):
+    """Where scored events go.
+
+    Attributes
+    ----------
+    count
+        Events written.
+    left_out
+        Values that it had no place for, by field.
+
+    """
+
+    count: int
+    left_out: Counter[str]
+
+    @property
+    def name(self) -> str:
+        """What to call it in a message."""
+        ...
+
+    def add(self, scored: ScoredRows) -> None:
+        """Write some events."""
+        ...
+
+
+@dataclass(frozen=True)
+class ScoredRows:
+    """Events of a chunk, and what the model says of them.
+
+    Attributes
+    ----------
+    chunk
+        Where they are from.
+    kept
+        (n,) their rows in it, ascending; it may hold others, which could not be used.
+    unknown
+        (n,) whether there was no mixture yet, so that the answers mean nothing.
+    log_prob, component
+        (n,) log-density, and id of the most responsible component.
+    responsibilities
+        (n, K), or None where nobody asked for them.
+    component_ids
+        (K,)
+
+    """
+
+    chunk: Chunk
+    kept: npt.NDArray[np.intp]
+    unknown: npt.NDArray[np.bool_]
+    log_prob: npt.NDArray[np.float64]
+    component: npt.NDArray[np.int64]
+    responsibilities: npt.NDArray[np.float64] | None
+    component_ids: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def answers(self, prefix: str = "") -> dict[str, npt.NDArray[Any]]:
+        """What the model says of each event (n,), by the name of the column or field that it goes to."""
+        answers: dict[str, npt.NDArray[Any]] = {"component": self.component, "log_prob": self.log_prob}
+        if self.responsibilities is not None:
+            for position, identity in enumerate(self.component_ids):
+                answers[f"responsibility_{identity}"] = np.ascontiguousarray(self.responsibilities[:, position])
+        return {prefix + name: values for name, values in answers.items()}
+
+
 class PendingFile:
-    """A file that gets its name only by `commit`; until then no other job can write it.
+    """A file that gets its name only by `publish`; until then no other job can write it.
 
     Attributes
     ----------
@@ -38,7 +141,7 @@ class PendingFile:
         The name it will have.
     pending
         The name it has until then, in the same folder and with the same suffix. It is always the same name, so
-        that what a killed job left behind is replaced by the next.
+        that what a killed job left behind is gone on with, or replaced, by the next.
 
     Raises
     ------
@@ -50,25 +153,100 @@ class PendingFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.pending = self.path.with_name(f".pending-{self.path.name}")
+        self.pending = _pending_name(self.path)
         self._lock = _lock(self.pending)
         self._open = True
 
-    def commit(self) -> None:
+    def publish(self) -> None:
         """Give the file its name, replacing an older one."""
         self.pending.replace(self.path)
         self._release()
 
-    def discard(self) -> None:
-        """Remove the file, unless it has its name."""
+    def discard(self, *, keep: bool = False) -> None:
+        """Remove the file, unless it has its name; or `keep` it and let others write it."""
         if self._open:
-            self.pending.unlink(missing_ok=True)
+            if not keep:
+                self.pending.unlink(missing_ok=True)
             self._release()
 
     def _release(self) -> None:
         self._open = False
         if self._lock is not None:
             os.close(self._lock)
+
+
+def _pending_name(path: Path) -> Path:
+    return path.with_name(f".pending-{path.name}")
+
+
+class GrowingFile(PendingFile):
+    """A pending file that is only appended to, and gone on with after its writer was killed.
+
+    Parameters
+    ----------
+    path
+        The name it will have.
+    after
+        What `commit` returned: the file is cut off there. None for an empty file.
+
+    Attributes
+    ----------
+    stream
+        The file, at its end.
+
+    Raises
+    ------
+    OutputError
+        When another job is writing the file, or it is no longer there as it was.
+
+    """
+
+    def __init__(self, path: str | Path, after: Committed | None = None) -> None:
+        path = Path(path)
+        if after is not None and not _pending_name(path).exists():
+            # The job was stopped, or killed on the point of ending: the file has its name already.
+            with suppress(FileNotFoundError):
+                path.replace(_pending_name(path))
+        super().__init__(path)
+        self.pending.touch()
+        self.stream: IO[bytes] = self.pending.open("r+b")
+        length = 0 if after is None else after["length"]
+        if after is not None and self._tail(length) != after["tail"]:
+            self.discard(keep=self.pending.stat().st_size > 0)
+            raise OutputError(
+                f"{path}: the first {length:,} bytes, which the job has written, are not there as they were; put them "
+                "back, or start afresh"
+            )
+        self.stream.truncate(length)
+        self.stream.seek(length)
+
+    def commit(self) -> Committed:
+        """Make sure that the file is on disk, and return where it ends."""
+        self._sync()
+        length = self.stream.seek(0, os.SEEK_END)
+        tail = self._tail(length)
+        self.stream.seek(length)
+        return {"length": length, "tail": tail}
+
+    def publish(self) -> None:  # noqa: D102 - inherited
+        self._sync()
+        self.stream.close()
+        super().publish()
+
+    def discard(self, *, keep: bool = False) -> None:  # noqa: D102 - inherited
+        # What could not be written, on a full disk, is not wanted any more.
+        with suppress(OSError):
+            self.stream.close()
+        super().discard(keep=keep)
+
+    def _sync(self) -> None:
+        self.stream.flush()
+        os.fsync(self.stream.fileno())
+
+    def _tail(self, length: int) -> str:
+        start = max(0, length - _TAIL)
+        self.stream.seek(start)
+        return hashlib.blake2b(self.stream.read(length - start), digest_size=16).hexdigest()
 
 
 def _lock(path: Path) -> int | None:
@@ -109,6 +287,17 @@ def is_scored(path: Path, prefix: str) -> bool:
     return prefix + "component" in names and prefix + "log_prob" in names
 
 
+def _numbered(path: Path, number: str) -> Path:
+    return path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
+def scored_files(path: Path, prefix: str) -> list[Path]:
+    """Files of scored events of this name that are there, the numbered ones included, whichever job wrote them."""
+    digits = "[0-9]" * 6
+    pattern = _numbered(Path(glob.escape(path.name)), digits).name
+    return [one for one in (path, *sorted(path.parent.glob(pattern))) if is_scored(one, prefix)]
+
+
 def is_quarantine(path: Path) -> bool:
     """Whether a file holds events that could not be used, or nothing."""
     try:
@@ -119,16 +308,53 @@ def is_quarantine(path: Path) -> bool:
         return False
 
 
-class Quarantine:
-    """Events that could not be used, one JSON object on each line, with the place and the reason."""
+class _OfOneJob(ABC):
+    """An output that a `with` block publishes, unless it fails: then it leaves nothing behind."""
 
-    def __init__(self, path: str | Path) -> None:
-        self._file = PendingFile(path)
-        # Half a character (an unpaired surrogate) has no UTF-8; replaced like this, it is an escape of JSON.
-        self._stream: IO[str] = self._file.pending.open("w", encoding="utf-8", errors="backslashreplace")
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: object, __: TracebackType | None) -> None:
+        if kind is not None:
+            self.close(keep=False)
+            return
+        try:
+            self.publish()
+        except BaseException:
+            self.close(keep=False)
+            raise
+
+    @abstractmethod
+    def publish(self) -> None: ...
+
+    @abstractmethod
+    def close(self, *, keep: bool) -> None: ...
+
+
+class Quarantine(_OfOneJob):
+    """Events that could not be used, one JSON object on each line, with the place and the reason.
+
+    Parameters
+    ----------
+    path
+        Name of the file.
+    after
+        What `commit` returned, to go on there.
+
+    Attributes
+    ----------
+    count
+        Events written.
+    reasons
+        How many of them for which reason; those after the first thousand count as others.
+
+    """
+
+    def __init__(self, path: str | Path, after: Committed | None = None) -> None:
+        self._file = GrowingFile(path, after)
         self.path = self._file.path
-        self.count = 0
-        self.reasons: Counter[str] = Counter()
+        self.count: int = 0 if after is None else after["count"]
+        self.reasons: Counter[str] = Counter({} if after is None else after["reasons"])
 
     def add(self, rejection: Rejection) -> None:
         """Write one event."""
@@ -143,27 +369,31 @@ class Quarantine:
             "event": rejection.event,
         }
         try:
-            text = json.dumps(_plain(record), ensure_ascii=False, allow_nan=False)
+            text = json.dumps(plain(record), ensure_ascii=False, allow_nan=False)
         except RecursionError:
             record |= dict.fromkeys(("value", "event"), "nested too deeply to be written")
-            text = json.dumps(_plain(record), ensure_ascii=False, allow_nan=False)
-        self._stream.write(text + "\n")
+            text = json.dumps(plain(record), ensure_ascii=False, allow_nan=False)
+        # Half a character (an unpaired surrogate) has no UTF-8; replaced like this, it is an escape of JSON.
+        self._file.stream.write(f"{text}\n".encode("utf-8", "backslashreplace"))
         self.count += 1
-        self.reasons[f"{rejection.field}: {rejection.reason}" if rejection.field else rejection.reason] += 1
+        _count(self.reasons, f"{rejection.field}: {rejection.reason}" if rejection.field else rejection.reason)
 
-    def __enter__(self) -> Self:
-        return self
+    def commit(self) -> Committed:  # noqa: D102 - see `Output`
+        return {**self._file.commit(), "count": self.count, "reasons": dict(self.reasons)}
 
-    def __exit__(self, kind: type[BaseException] | None, _: object, __: TracebackType | None) -> None:
-        self._stream.close()
-        if kind is None:
-            self._file.commit()
-        else:
-            self._file.discard()
+    def publish(self) -> None:  # noqa: D102 - see `Output`
+        self._file.publish()
+
+    def close(self, *, keep: bool) -> None:  # noqa: D102 - see `Output`
+        self._file.discard(keep=keep)
 
 
-class ScoredEvents:
-    """A Parquet file of events with `component`, `log_prob` and, on request, a column per responsibility.
+def _count(counter: Counter[str], key: str, number: int = 1) -> None:
+    counter[key if key in counter or len(counter) < _MOST_COUNTED else _OTHERS] += number
+
+
+class ScoredEvents(_OfOneJob):
+    """Parquet files of events with `component`, `log_prob` and, where they are given, a column per responsibility.
 
     Parameters
     ----------
@@ -175,8 +405,10 @@ class ScoredEvents:
         Other columns of events that come as dicts: label, event time, weight, excluded ones.
     prefix
         Put before the names of the added columns.
-    responsibilities
-        Whether to write them.
+    roll_events
+        Begin a new file at the first commit after so many events; the files are numbered then. None for one file.
+    after
+        What `commit` returned, to go on there.
 
     Attributes
     ----------
@@ -193,57 +425,65 @@ class ScoredEvents:
         carried: Mapping[str, str],
         *,
         prefix: str = "",
-        responsibilities: bool = False,
+        roll_events: int | None = None,
+        after: Committed | None = None,
     ) -> None:
-        self._file = PendingFile(path)
-        self.path = self._file.path
-        self.left_out: Counter[str] = Counter()
+        self._path = Path(path)
+        if after is None and roll_events is not None:
+            # Of an earlier job there may be more files than this one will write.
+            for old in scored_files(self._path, prefix):
+                if old != self._path:
+                    old.unlink()
         self._schema = schema
         self._carried = carried
         self._prefix = prefix
-        self._with_responsibilities = responsibilities
-        self._columns: pa.Schema | None = None
-        self._writer: pq.ParquetWriter | None = None
+        self._roll_events = roll_events
+        state = after or {"number": 1, "count": 0, "in_file": 0, "left_out": {}, "ends": [], "schema": None}
+        self._number: int = state["number"]
+        self.count: int = state["count"]
+        self._in_file: int = state["in_file"]
+        self.left_out: Counter[str] = Counter(state["left_out"])
+        self._file = self._file_at(after)
         self._waiting: list[pa.Table] = []
         self._n_waiting = 0
-        self.count = 0
+        self._columns: pa.Schema | None = None
+        self._file_schema: pa.Schema | None = None
+        self._parquet: SegmentedParquet | None = None
+        if state["schema"] is not None:
+            self._file_schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(state["schema"])))
+            self._parquet = SegmentedParquet(self._file.pending, self._file_schema, state["ends"])
+            self._columns = pa.schema(list(self._file_schema)[: self._file_schema.names.index(f"{prefix}component")])
 
-    def add(
-        self,
-        chunk: Chunk,
-        kept: npt.NDArray[np.intp] | slice,
-        component: npt.NDArray[np.int64],
-        log_prob: npt.NDArray[np.float64],
-        responsibilities: npt.NDArray[np.float64] | None,
-        component_ids: Sequence[int],
-        unknown: npt.NDArray[np.bool_] | None = None,
-    ) -> None:
-        """Write the events of a chunk at the positions `kept`, with the model's answers (n,) for them.
+    @property
+    def name(self) -> str:
+        """Name of the file, or pattern of the names of the files."""
+        return str(self._path if self._roll_events is None else _numbered(self._path, "*"))
 
-        Where `unknown` (n,) is true there was no mixture yet, and null is written for its answers.
-        """
-        if len(log_prob) == 0:
+    def _file_at(self, after: Committed | None) -> GrowingFile:
+        rolls = self._roll_events is not None
+        return GrowingFile(_numbered(self._path, f"{self._number:06}") if rolls else self._path, after)
+
+    def add(self, scored: ScoredRows) -> None:
+        """Write some events of a chunk, with null for the answers that are unknown."""
+        if not len(scored):
             return
+        chunk, kept = scored.chunk, scored.kept
         if isinstance(chunk.rows, list):
             rows = self._table(chunk, kept)
-        elif isinstance(kept, slice):
-            rows = chunk.rows.slice(kept.start or 0, len(log_prob))
+        elif len(kept) == kept[-1] - kept[0] + 1:
+            rows = chunk.rows.slice(int(kept[0]), len(kept))
         else:
             rows = chunk.rows.take(pa.array(kept))
-        added: dict[str, npt.NDArray[Any]] = {"component": component, "log_prob": log_prob}
-        if self._with_responsibilities and responsibilities is not None:
-            for position, identity in enumerate(component_ids):
-                added[f"responsibility_{identity}"] = np.ascontiguousarray(responsibilities[:, position])
-        for name, values in added.items():
-            column = self._prefix + name
-            if column in rows.column_names:
+        for name, values in scored.answers(self._prefix).items():
+            if name in rows.column_names:
                 raise SourceError(
-                    f"{chunk.path_of(0)}: has a column {column!r} already; set output.prefix to write the "
+                    f"{chunk.path_of(0)}: has a column {name!r} already; set output.prefix to write the "
                     "scores under other names"
                 )
-            rows = rows.append_column(column, pa.array(values, mask=unknown))
+            rows = rows.append_column(name, pa.array(values, mask=scored.unknown))
         self._waiting.append(rows)
         self._n_waiting += rows.num_rows
+        self._in_file += rows.num_rows
         self.count += rows.num_rows
         if self._n_waiting >= ROW_GROUP:
             self._write()
@@ -251,18 +491,57 @@ class ScoredEvents:
     def _write(self) -> None:
         if not self._waiting:
             return
-        table = self._waiting[0] if len(self._waiting) == 1 else pa.concat_tables(self._waiting)
-        if self._writer is None:
-            # Measurements seldom repeat: a dictionary of them is built at great cost, only to be given up.
-            repeating = [field.name for field in table.schema if not pa.types.is_floating(field.type)]
-            self._writer = pq.ParquetWriter(self._file.pending, table.schema, use_dictionary=repeating)
-        self._writer.write_table(table, row_group_size=2 * ROW_GROUP)
+        if self._file_schema is None:
+            # Without what the source's files say of their columns, which depends on where reading begins.
+            self._file_schema = pa.schema(
+                [pa.field(one.name, one.type, one.nullable) for one in self._waiting[0].schema]
+            )
+        if self._parquet is None:
+            self._parquet = SegmentedParquet(self._file.pending, self._file_schema)
+        # In one piece, so that the pages do not depend on the pieces that the source has read.
+        table = pa.concat_tables(self._waiting).combine_chunks()
+        self._parquet.write(table, 2 * ROW_GROUP)
         self._waiting, self._n_waiting = [], 0
 
-    def _table(self, chunk: Chunk, kept: npt.NDArray[np.intp] | slice) -> pa.Table:
+    def commit(self) -> Committed:  # noqa: D102 - see `Output`
+        self._write()
+        if self._parquet is not None:
+            self._parquet.end_segment()
+            if self._roll_events is not None and self._in_file >= self._roll_events:
+                self._parquet.finish()
+                self._file.publish()
+                self._number += 1
+                self._in_file = 0
+                self._file = self._file_at(None)
+                self._parquet = None
+        schema = None if self._file_schema is None else base64.b64encode(self._file_schema.serialize()).decode()
+        return {
+            **self._file.commit(),
+            "number": self._number,
+            "count": self.count,
+            "in_file": self._in_file,
+            "left_out": dict(self.left_out),
+            "ends": [] if self._parquet is None else self._parquet.ends,
+            "schema": schema,
+        }
+
+    def publish(self) -> None:
+        """Give the file its name, if there is any event in it."""
+        self._write()
+        if self._parquet is None or not self._in_file:
+            self._file.discard()
+        else:
+            self._parquet.finish()
+            self._file.publish()
+
+    def close(self, *, keep: bool) -> None:  # noqa: D102 - see `Output`
+        if self._parquet is not None:
+            self._parquet.abandon()
+        self._file.discard(keep=keep)
+
+    def _table(self, chunk: Chunk, kept: npt.NDArray[np.intp]) -> pa.Table:
         """Dict events as a table with the columns of the first chunk."""
-        positions = np.arange(len(chunk))[kept]
-        rows: list[dict[str, Any]] = [chunk.rows[position] for position in positions.tolist()]
+        rows: list[dict[str, Any]] = [chunk.rows[position] for position in kept.tolist()]
         if self._columns is None:
             types = {field.name: _ARROW_TYPE[field.kind] for field in self._schema.fields}
             extra = dict.fromkeys(name for row in rows for name in row)
@@ -276,15 +555,15 @@ class ScoredEvents:
             self._columns = pa.schema(list(types.items()))
         known = set(self._columns.names)
         for row in rows:
-            if not row.keys() <= known:
-                self.left_out.update(row.keys() - known)
+            for name in row.keys() - known:
+                _count(self.left_out, name)
         arrays = []
         for column in self._columns:
             role = self._carried.get(column.name)
             if role == "time" and chunk.time is not None:
-                values: Any = chunk.time[positions]
+                values: Any = chunk.time[kept]
             elif role == "weight" and chunk.weight is not None:
-                values = chunk.weight[positions]
+                values = chunk.weight[kept]
             else:
                 values = [row.get(column.name) for row in rows]
                 values = [None if value is None else self._as(column, value) for value in values]
@@ -295,30 +574,15 @@ class ScoredEvents:
         """A value in the type of its column; None, and counted, if it cannot be."""
         try:
             if pa.types.is_string(column.type):
-                return value if isinstance(value, str) else json.dumps(_plain(value), ensure_ascii=False)
+                return value if isinstance(value, str) else json.dumps(plain(value), ensure_ascii=False)
             if pa.types.is_boolean(column.type):
                 return None if value != value else bool(value)
             if pa.types.is_floating(column.type):
                 return float(value)
             return pa.scalar(value, column.type).as_py()
         except (pa.ArrowException, TypeError, ValueError, OverflowError):
-            self.left_out[column.name] += 1
+            _count(self.left_out, column.name)
             return None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, _: object, __: TracebackType | None) -> None:
-        try:
-            if kind is None:
-                self._write()
-        finally:
-            if self._writer is not None:
-                self._writer.close()
-        if kind is None and self._writer is not None:
-            self._file.commit()
-        else:
-            self._file.discard()
 
 
 _ARROW_TYPE = {
@@ -330,12 +594,12 @@ _ARROW_TYPE = {
 }
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The same value with everything that JSON has no form for turned into text."""
     if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
+        return [plain(inner) for inner in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else repr(value)
     if value is None or isinstance(value, (str, int, bool)):

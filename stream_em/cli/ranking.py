@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich.console import Console
+
+from stream_em.cli.config import SourceSection
+from stream_em.cli.display import say
+from stream_em.cli.packing import pack, unpack
 
 # Up to here the scores themselves are kept and the area is exact. After that they are counted in bins.
 EXACT_LIMIT = 1_000_000
@@ -18,6 +27,8 @@ class RankingScore:
     exact_limit
         Number of events up to which the area is exact. Beyond it scores are counted in bins of equal numbers
         of events, and `bound` says how far off the area can be.
+    after
+        What `state` returned, to go on there.
 
     >>> score = RankingScore()
     >>> score.add(np.array([0.1, 0.4, 0.35, 0.8]), np.array([False, False, True, True]))
@@ -26,7 +37,7 @@ class RankingScore:
 
     """
 
-    def __init__(self, exact_limit: int = EXACT_LIMIT) -> None:
+    def __init__(self, exact_limit: int = EXACT_LIMIT, *, after: dict[str, Any] | None = None) -> None:
         self._exact_limit = exact_limit
         self._scores: list[npt.NDArray[np.float64]] = []
         self._anomalous: list[npt.NDArray[np.bool_]] = []
@@ -34,6 +45,21 @@ class RankingScore:
         self._counts = np.zeros((2, _N_BINS + 1), np.int64)
         self.n_normal = 0
         self.n_anomalous = 0
+        if after is not None:
+            self.n_normal, self.n_anomalous = after["n_normal"], after["n_anomalous"]
+            if "edges" in after:
+                self._edges, self._counts = unpack(after["edges"]), unpack(after["counts"])
+            else:
+                self._scores, self._anomalous = [unpack(after["scores"])], [unpack(after["anomalous"])]
+
+    def state(self) -> dict[str, Any]:
+        """Return all of it as JSON can hold it."""
+        state: dict[str, Any] = {"n_normal": self.n_normal, "n_anomalous": self.n_anomalous}
+        if self._edges is not None:
+            return {**state, "edges": pack(self._edges), "counts": pack(self._counts)}
+        scores = np.concatenate(self._scores) if self._scores else np.empty(0)
+        anomalous = np.concatenate(self._anomalous) if self._anomalous else np.empty(0, bool)
+        return {**state, "scores": pack(scores), "anomalous": pack(anomalous)}
 
     def add(self, scores: npt.NDArray[np.float64], anomalous: npt.NDArray[np.bool_]) -> None:
         """Count events: scores (n,), and whether each is an anomaly (n,)."""
@@ -92,3 +118,101 @@ class RankingScore:
             np.bincount(place[~anomalous], minlength=size).astype(np.float64),
             np.bincount(place[anomalous], minlength=size).astype(np.float64),
         )
+
+
+class LabelledRanking:
+    """ROC-AUC of the anomaly score -log p(x), when the source has labels.
+
+    Parameters
+    ----------
+    section
+        Which labels mean anomaly.
+    after
+        What `state` returned, to go on there.
+
+    """
+
+    def __init__(self, section: SourceSection, after: dict[str, Any] | None = None) -> None:
+        self._score = RankingScore(after=None if after is None else after["score"])
+        self._wanted = section.label is not None or section.river is not None
+        self._given = section.anomaly_labels
+        self._unlabelled: int = 0 if after is None else after["unlabelled"]
+        self._problem: str = "" if after is None else after["problem"]
+
+    def state(self) -> dict[str, Any]:
+        """Return all of it as JSON can hold it."""
+        return {"score": self._score.state(), "unlabelled": self._unlabelled, "problem": self._problem}
+
+    def add(
+        self,
+        label: pa.ChunkedArray | None,
+        kept: npt.NDArray[np.intp],
+        log_prob: npt.NDArray[np.float64],
+    ) -> None:
+        """Count events: the labels of a chunk, the rows (n,) of it that are meant, and their log-densities (n,)."""
+        if label is None or not len(kept) or self._problem or not self._wanted:
+            return
+        label = label.slice(int(kept[0]), int(kept[-1] - kept[0]) + 1)
+        if len(label) > len(kept):
+            label = label.take(pa.array(kept - kept[0]))
+        there = np.asarray(label.is_valid())
+        anomalous = self._anomalous(label)
+        if anomalous is not None:
+            self._unlabelled += int(np.count_nonzero(~there))
+            self._score.add(-log_prob[there], anomalous[there])
+
+    def _anomalous(self, label: pa.ChunkedArray) -> npt.NDArray[np.bool_] | None:
+        if pa.types.is_dictionary(label.type):
+            label = label.cast(label.type.value_type)
+        if self._given is not None:
+            texts = [str(value) for value in self._given]
+            if pa.types.is_boolean(label.type):
+                texts = [text.lower() for text in texts]
+            # Otherwise compared as text, so that 1 in the configuration is both 1 and "1" in the data.
+            elif pa.types.is_floating(label.type):
+                numbers = pa.array([float(text) for text in texts if _is_number(text)], pa.float64())
+                return np.asarray(pc.is_in(label, value_set=numbers.cast(label.type)))
+            return np.asarray(pc.is_in(label.cast(pa.string()), value_set=pa.array(texts, pa.string())))
+        if pa.types.is_boolean(label.type):
+            return np.asarray(label.fill_null(False))
+        if pa.types.is_integer(label.type) or pa.types.is_floating(label.type):
+            values = np.asarray(label.cast(pa.float64()).fill_null(0.0))
+            ones: npt.NDArray[np.bool_] = values == 1.0
+            if (ones | (values == 0.0)).all():
+                return ones
+        if pa.types.is_null(label.type):
+            return np.zeros(len(label), bool)
+        example = next(value for value in label.to_pylist() if value not in (None, 0, 1))
+        self._problem = (
+            f"no ROC-AUC: the labels are not 0 and 1 (there is {example!r}); say which of them mean anomaly "
+            "in source.anomaly_labels"
+        )
+        return None
+
+    def report(self, console: Console) -> None:
+        """Say how well the score ranks."""
+        if not self._wanted:
+            return
+        score = self._score
+        if self._problem:
+            say(console, self._problem, "yellow")
+        elif not score.defined:
+            lacking = "normal events" if score.n_anomalous else "anomalies"
+            say(console, f"no ROC-AUC: after the warm-up there were no {lacking} among the labels", "yellow")
+        else:
+            bound = f" ± {score.bound:.1g}" if score.bound else ""
+            unlabelled = f", {self._unlabelled:,} without a label" if self._unlabelled else ""
+            say(
+                console,
+                f"ROC-AUC of -log p(x) against the labels, after the warm-up: {score.area:.4f}{bound} "
+                f"({score.n_anomalous:,} anomalies, {score.n_normal:,} normal{unlabelled})",
+                "bold green",
+            )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -549,7 +549,7 @@ class TestStopping:
         while not list(tmp_path.glob("output/.*quarantine.jsonl")) and time.monotonic() < deadline:
             time.sleep(0.05)
         done = stream_em("run", "job.yaml", "source.path=events.parquet", cwd=tmp_path, code=1)
-        assert "quarantine.jsonl: another job is writing this file now" in done.stderr
+        assert "model.arrow: another job is writing this file now" in done.stderr
         process.kill()
         process.wait()
         process.stdin.close()

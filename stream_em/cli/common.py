@@ -1,0 +1,226 @@
+"""What the jobs have in common: opening the source, encoding and setting aside, the outputs, the report."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+
+from stream_em import Batch, BatchEM, EventError, OnlineEM, Schema, load
+from stream_em.cli.build import make_source
+from stream_em.cli.config import Config, ConfigError
+from stream_em.cli.display import component_table, say
+from stream_em.cli.outputs import (
+    Committed,
+    PendingFile,
+    Quarantine,
+    ScoredEvents,
+    ScoredRows,
+    ScoreSink,
+    is_quarantine,
+    scored_files,
+)
+from stream_em.learners import Prediction
+from stream_em.sources import Chunk, Rejection, Rows, Source, same_file
+
+
+class DataError(ValueError):
+    """Events that cannot be used, found by a job."""
+
+
+def open_job_source(
+    config: Config, console: Console, read: Sequence[Path], written: Sequence[str | None], **known: Any
+) -> Source:
+    """Open the source, and refuse outputs that would overwrite what is read."""
+    output = config.output
+    folder = Path(output.folder)
+    own = []
+    if output.scored_events is not None:
+        own += scored_files(folder / output.scored_events, output.prefix)
+    if is_quarantine(folder / output.quarantine):
+        own.append(folder / output.quarantine)
+    source = make_source(config.source, leave_out=own, **known)
+    for path in dict.fromkeys([*(folder / name for name in written if name is not None), *own]):
+        if path.is_dir():
+            raise ConfigError(f"{path}: is a folder, and the name of a file is needed to write to")
+        if not path.exists():
+            continue
+        for other in (*map(Path, source.paths), *read):
+            if same_file(path, other):
+                raise ConfigError(
+                    f"{path}: is read by this job and would be overwritten; give the output another folder or name"
+                )
+    if source.left_out:
+        say(console, f"not read, since this job writes them: {', '.join(source.left_out)}", "yellow")
+    return source
+
+
+def encode(
+    encoder: OnlineEM | BatchEM | Schema, chunk: Chunk, span: slice | None = None, *, learning: bool = True
+) -> Batch:
+    """Encode the events of a chunk, or a span of them; those that cannot be used are left out."""
+    start, stop, _ = (span or slice(None)).indices(len(chunk))
+    events: Rows = chunk.events
+    if (start, stop) != (0, len(chunk)):
+        events = events[start:stop] if isinstance(events, list) else events.slice(start, stop - start)
+    return encoder.encode(
+        events,
+        weight=None if chunk.weight is None or not learning else chunk.weight[start:stop],
+        time=None if chunk.time is None or not learning else chunk.time[start:stop],
+        on_error="collect",
+        extend=learning,
+    )
+
+
+def explain(errors: Iterable[EventError], chunk: Chunk, config: Config, first_row: int = 0) -> list[Rejection]:
+    """Say which events of a chunk could not be encoded, and why; rows are counted from `first_row`."""
+    return [_explained(error, chunk, first_row + error.index, config) for error in errors]
+
+
+def _explained(error: EventError, chunk: Chunk, row: int, config: Config) -> Rejection:
+    field, value = error.field, error.value
+    named = {"time": config.source.time, "weight": config.source.weight}
+    column = named.get(field or "")
+    if column is not None:
+        # The engine knows event time and weight by these names; the person knows the column.
+        event = chunk.reject(row, None, None, "").event
+        field, value = column, event.get(column) if isinstance(event, dict) else value
+    return chunk.reject(row, field, value, f"expected {error.expected}")
+
+
+def set_aside(rejections: Iterable[Rejection], quarantine: Quarantine, config: Config) -> None:
+    """Put events that cannot be used into the quarantine, or raise for the first one if the job wants that."""
+    for rejection in rejections:
+        if config.output.on_error == "raise":
+            raise DataError(f"{rejection} (output.on_error is 'raise')")
+        quarantine.add(rejection)
+
+
+class Answers:
+    """What was predicted for the events of a chunk, batch by batch."""
+
+    def __init__(self, chunk: Chunk, *, responsibilities: bool) -> None:
+        self._chunk = chunk
+        self._with_responsibilities = responsibilities
+        self._kept: list[npt.NDArray[np.intp]] = []
+        self._unknown: list[npt.NDArray[np.bool_]] = []
+        self._predictions: list[Prediction] = []
+
+    def add(self, first_row: int, batch: Batch, prediction: Prediction, n_unknown: int = 0) -> npt.NDArray[np.intp]:
+        """Take the answers for a batch, of which the first ones mean nothing yet; return its rows (n,) in the chunk."""
+        accepted = np.arange(batch.n_events) if batch.accepted is None else batch.accepted
+        self._kept.append(first_row + accepted)
+        self._unknown.append(np.arange(batch.n_events) < n_unknown)
+        self._predictions.append(prediction)
+        return self._kept[-1]
+
+    def write(self, sink: ScoreSink, learner: OnlineEM | BatchEM) -> None:
+        """Write the events and the answers for them."""
+        predictions = self._predictions
+        if not any(map(len, self._kept)):
+            return
+        scored = ScoredRows(
+            self._chunk,
+            np.concatenate(self._kept),
+            np.concatenate(self._unknown),
+            np.concatenate([one.log_prob for one in predictions]),
+            np.concatenate([one.component for one in predictions]),
+            np.concatenate([one.responsibilities for one in predictions]) if self._with_responsibilities else None,
+            learner.parameters.component_ids.tolist(),
+        )
+        sink.add(scored)
+
+
+def open_scored_events(
+    config: Config, path: Path, schema: Schema, *, roll_events: int | None = None, after: Committed | None = None
+) -> ScoredEvents:
+    """Open a file of scored events, see there."""
+    section, output = config.source, config.output
+    carried = dict.fromkeys(section.exclude, "excluded")
+    label = section.label or ("label" if section.river is not None else None)
+    for role, name in (("label", label), ("time", section.time), ("weight", section.weight)):
+        if name is not None:
+            carried[name] = role
+    return ScoredEvents(
+        path,
+        schema,
+        carried,
+        prefix=output.prefix,
+        roll_events=roll_events,
+        after=after,
+    )
+
+
+def load_learner(path: Path) -> OnlineEM | BatchEM:
+    """Return the learner that a snapshot holds."""
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder, not a snapshot; name the .arrow file in it")
+    if not path.exists():
+        raise DataError(f"{path}: there is no such file; a snapshot is what run, fit and merge write")
+    return load(path)
+
+
+def load_plots() -> Any:
+    """Return the module that draws, or say what it needs."""
+    if find_spec("matplotlib") is None:
+        raise DataError("a picture needs matplotlib: pip install 'stream-em[plots]', or set output.picture=null")
+    from stream_em import plots
+
+    return plots
+
+
+def draw(path: Path, draw_to: Callable[[Path], Any]) -> None:
+    """Write a picture, all or nothing."""
+    file = PendingFile(path)
+    try:
+        draw_to(file.pending)
+        file.publish()
+    finally:
+        file.discard()
+
+
+def draw_learner(learner: OnlineEM | BatchEM, path: Path) -> None:
+    """Write a picture of the components."""
+    draw(path, lambda pending: load_plots().plot_learner(learner, pending))
+
+
+def nothing_usable(source: Source, quarantine: Quarantine) -> DataError:
+    """The error of a source without a single usable event."""
+    if not quarantine.count:
+        return DataError(f"{source.name}: no event was learned from")
+    reason, count = quarantine.reasons.most_common(1)[0]
+    return DataError(
+        f"{source.name}: none of its {quarantine.count:,} events could be used; {count:,} of them because of {reason}"
+    )
+
+
+def report(console: Console, learner: OnlineEM | BatchEM, quarantine: Quarantine, left_out: Counter[str]) -> None:
+    """Say what was learned, and what was left out."""
+    console.print(component_table(learner))
+    report_counts(console, quarantine, left_out, learner.ignored_fields)
+
+
+def report_counts(console: Console, quarantine: Quarantine, left_out: Counter[str], ignored: dict[str, int]) -> None:
+    """Say how many events, and values of which fields, were left out."""
+    if quarantine.count:
+        say(console, f"{quarantine.count:,} events could not be used and are in quarantine:", "yellow")
+        for reason, count in quarantine.reasons.most_common(5):
+            say(console, f"  {count:,} × {reason}")
+        if len(quarantine.reasons) > 5:
+            say(console, f"  and {len(quarantine.reasons) - 5} more reasons")
+    for name, count in ignored.items():
+        say(console, f"field {name!r} is not in the schema and was ignored in {count:,} events", "yellow")
+    for name, count in left_out.items():
+        say(console, f"field {name!r} of {count:,} events has no place in the scored events", "yellow")
+
+
+def list_files(console: Console, paths: Iterable[Path | str]) -> None:
+    """Say what was written."""
+    for path in paths:
+        say(console, f"wrote {path}")

@@ -1,0 +1,439 @@
+"""The command `run`: score each batch of events, then learn from it; and go on where it was killed or stopped."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+
+from stream_em import Batch, FamilyError, OnlineEM, load, save
+from stream_em.cli.build import chunk_rows, make_online, make_schema
+from stream_em.cli.checkpoints import Checkpoint, check_same_job, forget_unfinished_run, settings_of, unfinished_run
+from stream_em.cli.common import (
+    Answers,
+    DataError,
+    draw,
+    encode,
+    explain,
+    list_files,
+    load_plots,
+    nothing_usable,
+    open_job_source,
+    open_scored_events,
+    report,
+    set_aside,
+)
+from stream_em.cli.config import Config
+from stream_em.cli.display import Progress, say
+from stream_em.cli.history import History
+from stream_em.cli.outputs import Output, PendingFile, Quarantine, ScoreSink
+from stream_em.cli.ranking import LabelledRanking
+from stream_em.cli.stopping import StopRequest
+from stream_em.sources import Chunk, Position, Rejection, Source
+
+
+class Observer(Protocol):
+    """Who is told of a run what happens, as it happens."""
+
+    def batch(
+        self,
+        learner: OnlineEM,
+        n_events: int,
+        log_prob: npt.NDArray[np.float64],
+        event_time: npt.NDArray[np.float64] | None,
+    ) -> None:
+        """Take note of a batch just learned: its size, its log-densities after the warm-up (n,) and its times (n,)."""
+        ...
+
+    def quarantined(self, field: str | None, reason: str) -> None:
+        """Take note of an event that could not be used."""
+        ...
+
+    def snapshot_written(self) -> None:
+        """Take note that what was learned until now is in the snapshot."""
+        ...
+
+
+def run(
+    config: Config,
+    console: Console,
+    *,
+    read: Sequence[Path] = (),
+    fresh: bool = False,
+    observer: Observer | None = None,
+) -> None:
+    """Score each batch of events, then learn from it; write scores, snapshot, picture and quarantine.
+
+    Files that were `read` for the configuration are not overwritten, nor are those of the source. A run that was killed
+    or stopped goes on from its last checkpoint, unless it is to be a `fresh` one.
+
+    Raises
+    ------
+    DataError
+        When no event can be used, and when the snapshot holds an unfinished run of other settings.
+
+    """
+    output = config.output
+    names = (output.scored_events, output.snapshot, output.picture, output.quarantine)
+    source = open_job_source(config, console, read, names, fields=config.fields_.fields)
+    if output.picture is not None:
+        # To learn at the end of a long run that no picture can be drawn would be too late.
+        load_plots()
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        job = stack.enter_context(_Run(config, source, console, fresh=fresh, observer=observer))
+        progress = stack.enter_context(Progress(console, n_before=job.n_events))
+        job.learn(stop, progress)
+        seconds = progress.seconds
+        job.finish(stop)
+    job.report(stop, seconds)
+
+
+class _Run:
+    """A run between its start, or its last checkpoint, and the end of the source.
+
+    What it is made of is what a `Checkpoint` holds. At each checkpoint the outputs are brought to disk first, then the
+    snapshot says how far they go; and the run goes on with the learner that the snapshot holds, as another start would.
+    """
+
+    def __init__(
+        self, config: Config, source: Source, console: Console, *, fresh: bool, observer: Observer | None
+    ) -> None:
+        self._config = config
+        self._source = source
+        self._console = console
+        self._fresh = fresh
+        self._observer = observer
+        self._folder = Path(config.output.folder)
+        self._rows, self._checkpoint_every = _strides(config, source)
+        self._lock: PendingFile | None = None
+        self._outputs: list[Output] = []
+        self._can_go_on = False
+
+    def __enter__(self) -> Self:
+        try:
+            self._open()
+        except BaseException:
+            self._abandon()
+            raise
+        return self
+
+    def _open(self) -> None:
+        path = self._snapshot_path
+        checkpoint = learner = None
+        if path is not None:
+            self._lock = PendingFile(path)
+            if self._fresh:
+                forget_unfinished_run(path)
+            checkpoint = unfinished_run(path)
+        if path is not None and checkpoint is not None:
+            check_same_job(checkpoint, self._config, path)
+            self._can_go_on = True
+            learner = _load(path)
+        self._start(checkpoint, learner)
+
+    def _start(self, checkpoint: Checkpoint | None, learner: OnlineEM | None) -> None:
+        """Begin, or begin again where the checkpoint was taken."""
+        self.position: Position | None = None if checkpoint is None else checkpoint.position
+        self.n_events = self._n_before = 0 if checkpoint is None else checkpoint.n_events
+        self._n_warm_up = 0 if checkpoint is None else checkpoint.n_warm_up
+        self._history = History(None if checkpoint is None else checkpoint.history)
+        self._ranking = LabelledRanking(self._config.source, None if checkpoint is None else checkpoint.ranking)
+        quarantine_path = self._folder / self._config.output.quarantine
+        self._quarantine = Quarantine(quarantine_path, None if checkpoint is None else checkpoint.quarantine)
+        self._outputs.append(self._quarantine)
+        self._sinks: dict[str, ScoreSink] = {}
+        self._learner = learner
+        if learner is not None:
+            self._open_sinks(learner, checkpoint)
+        if checkpoint is not None:
+            say(
+                self._console,
+                f"going on after {checkpoint.position['index']:,} events of {self._source.name}, where "
+                f"{self._snapshot_path} was written (--fresh would start anew)",
+                "yellow",
+            )
+
+    def _open_sinks(self, learner: OnlineEM, checkpoint: Checkpoint | None) -> None:
+        output = self._config.output
+        after = {} if checkpoint is None else checkpoint.sinks
+        if output.scored_events is not None:
+            assert learner.schema is not None
+            self._sinks["file"] = open_scored_events(
+                self._config,
+                self._folder / output.scored_events,
+                learner.schema,
+                roll_events=output.roll_events,
+                after=after.get("file"),
+            )
+            self._outputs.append(self._sinks["file"])
+
+    @property
+    def _snapshot_path(self) -> Path | None:
+        name = self._config.output.snapshot
+        return None if name is None else self._folder / name
+
+    def learn(self, stop: StopRequest, progress: Progress) -> None:
+        """Score and learn the events that are left, until a stop is requested."""
+        for chunk in stop.until(self._source.chunks(self._rows, self.position)):
+            self._learn_chunk(chunk, stop, progress)
+            if not stop.requested and self._is_due(chunk):
+                self._make_checkpoint()
+
+    def _is_due(self, chunk: Chunk) -> bool:
+        """Whether a checkpoint comes after this chunk: that depends on its place alone, as everything does."""
+        index: int = chunk.after["index"]
+        return index > chunk.before["index"] and index % self._checkpoint_every == 0
+
+    def _learn_chunk(self, chunk: Chunk, stop: StopRequest, progress: Progress) -> None:
+        learner = self._learner
+        if learner is None and len(chunk):
+            learner = self._learner = make_online(self._config, make_schema(self._config, chunk.events))
+            self._open_sinks(learner, None)
+        if learner is None:
+            self._set_aside(chunk.rejected)
+            self.position = chunk.after
+            return
+        # At once, unless events may make the schema grow: then each mini-batch must meet it as those before left it.
+        grows = learner.schema is None or learner.schema.may_grow
+        whole = None if grows or not len(chunk) else encode(learner, chunk)
+        answers = Answers(chunk, responsibilities=self._config.output.responsibilities)
+        row = 0
+        for one in _mini_batches(learner, chunk, whole, self._config):
+            self._set_aside(one.rejected)
+            if one.batch is not None:
+                self._learn_batch(learner, chunk, row, one.batch, answers)
+                if progress.due():
+                    progress.show(self.n_events, **self._history.facts(learner))
+            row, self.position = one.stop, chunk.position(one.stop_index)
+            if stop.requested:
+                break
+        if whole is not None:
+            counted = whole if row == len(chunk) else encode(learner, chunk, slice(row))
+            learner.ignored_fields.update(counted.ignored_fields)
+        for sink in self._sinks.values():
+            answers.write(sink, learner)
+
+    def _learn_batch(self, learner: OnlineEM, chunk: Chunk, row: int, batch: Batch, answers: Answers) -> None:
+        # There is no mixture yet to score the events of the warm-up.
+        n_warm = _n_of_warm_up(learner, batch)
+        try:
+            # Also of no events, for the fields that they had and the schema ignores to be counted.
+            prediction = learner.predict_then_update(batch)
+        except FamilyError as error:
+            raise DataError(
+                f"{self._source.name}: a new field came after {self.n_events:,} events and the model cannot take it "
+                f"({error}); declare it in schema.fields, or set schema.unknown=ignore"
+            ) from error
+        kept = answers.add(row, batch, prediction, n_warm)
+        log_prob = prediction.log_prob[n_warm:]
+        self._ranking.add(chunk.label, kept[n_warm:], log_prob)
+        self.n_events += batch.n_events
+        self._n_warm_up += n_warm
+        self._history.add(self.n_events, log_prob, learner)
+        if self._observer is not None:
+            self._observer.batch(learner, batch.n_events, log_prob, batch.time)
+
+    def _set_aside(self, rejections: Sequence[Rejection]) -> None:
+        set_aside(rejections, self._quarantine, self._config)
+        if self._observer is not None:
+            for rejection in rejections:
+                self._observer.quarantined(rejection.field, rejection.reason)
+
+    def _make_checkpoint(self) -> None:
+        if self._snapshot_path is None or self._learner is None:
+            return
+        self._save(finished=False)
+        self._learner = _load(self._snapshot_path)
+
+    def _save(self, *, finished: bool) -> None:
+        if self._snapshot_path is None or self._learner is None:
+            return
+        assert self.position is not None
+        checkpoint = Checkpoint(
+            settings=settings_of(self._config),
+            finished=finished,
+            position=self.position,
+            n_events=self.n_events,
+            n_warm_up=self._n_warm_up,
+            history={} if finished else self._history.state(),
+            ranking={} if finished else self._ranking.state(),
+            quarantine={} if finished else self._quarantine.commit(),
+            sinks={} if finished else {kind: sink.commit() for kind, sink in self._sinks.items()},
+        )
+        save(self._learner, self._snapshot_path, metadata={"source": self._source.name, **checkpoint.metadata()})
+        self._can_go_on = True
+        if self._observer is not None:
+            self._observer.snapshot_written()
+
+    def finish(self, stop: StopRequest) -> None:
+        """Give every file its name; after a stop, so that another start takes them up again."""
+        learner = self._learner
+        if learner is None or self.n_events == 0:
+            raise nothing_usable(self._source, self._quarantine)
+        self._within_warm_up = learner.warming_up
+        if stop.requested:
+            self._save(finished=False)
+        learner.finish_warm_up()
+        for output in self._outputs:
+            output.publish()
+        self._outputs = []
+        if not stop.requested:
+            self._save(finished=True)
+        picture = self._config.output.picture
+        if picture is not None:
+            points = self._history.points()
+            draw(self._folder / picture, lambda path: load_plots().plot_run(learner, points, path))
+
+    def report(self, stop: StopRequest, seconds: float) -> None:
+        """Say how it went."""
+        console, learner, history = self._console, self._learner, self._history
+        assert learner is not None
+        if self._within_warm_up:
+            say(
+                console,
+                f"the source ended within the warm-up of {learner.warm_up:,} events: the components were made from all "
+                "of them at the end, and none has a score; fit or a smaller learner.warm_up suits so few events better",
+                "yellow",
+            )
+        if stop.requested:
+            going_on = "" if self._snapshot_path is None else "; the same command goes on from there"
+            say(
+                console,
+                f"stopped by {stop.name} after the batch in hand; everything learned until then is kept{going_on}",
+                "yellow",
+            )
+        n_now = self.n_events - self._n_before
+        of_them = "" if n_now == self.n_events else f", {n_now:,} of them now,"
+        say(
+            console,
+            f"{self.n_events:,} events from {self._source.name}{of_them} in {seconds:.1f} s "
+            f"({n_now / seconds:,.0f} events/s), mean log-likelihood {history.shown_mean}, "
+            f"effective components {learner.effective_components:.2f}",
+            "bold",
+        )
+        if self._sinks:
+            say(
+                console,
+                f"{self._n_warm_up:,} events came within the warm-up, before there was a mixture: their component and "
+                "log_prob are null",
+            )
+        left_out = sum((sink.left_out for sink in self._sinks.values()), Counter[str]())
+        report(console, learner, self._quarantine, left_out)
+        self._ranking.report(console)
+        output = self._config.output
+        written: list[Path | str] = [sink.name for sink in self._sinks.values()]
+        if self._quarantine.count:
+            written.append(self._quarantine.path)
+        written += [self._folder / name for name in (output.snapshot, output.picture) if name is not None]
+        list_files(console, written)
+
+    def __exit__(self, kind: type[BaseException] | None, _: object, __: TracebackType | None) -> None:
+        if kind is None:
+            assert not self._outputs
+            self._release()
+        else:
+            self._abandon()
+
+    def _abandon(self) -> None:
+        """Leave what another start can go on with, or nothing."""
+        for output in self._outputs:
+            output.close(keep=self._can_go_on)
+        self._release()
+        if self._can_go_on:
+            say(
+                Console(stderr=True),
+                "what was done up to the last checkpoint is kept: the same command goes on from there",
+                "yellow",
+            )
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.discard()
+
+
+def _load(path: Path) -> OnlineEM:
+    learner = load(path)
+    assert isinstance(learner, OnlineEM)
+    return learner
+
+
+class _MiniBatch(NamedTuple):
+    """Events of a chunk up to a row and the index there: those to learn, if any, and those that cannot be used."""
+
+    batch: Batch | None
+    rejected: list[Rejection]
+    stop: int
+    stop_index: int
+
+
+def _mini_batches(learner: OnlineEM, chunk: Chunk, whole: Batch | None, config: Config) -> Iterator[_MiniBatch]:
+    """Yield a chunk batch by batch, cut at multiples of the batch size in the source.
+
+    Parameters
+    ----------
+    learner
+        It learns each before the next is asked for.
+    chunk
+        The events.
+    whole
+        All of them encoded, or None where each batch is to be encoded when its turn comes.
+    config
+        The job's.
+
+    """
+    size = config.learner.batch_size
+    unread = deque(chunk.rejected)
+    errors = deque(sorted(whole.rejected, key=lambda error: error.index) if whole is not None else ())
+    first, last = chunk.before["index"], chunk.after["index"]
+    start = 0
+    for stop_index in [*range((first // size + 1) * size, last, size), last]:
+        stop = int(np.searchsorted(chunk.index, stop_index))
+        rejected = []
+        while unread and unread[0].index < stop_index:
+            rejected.append(unread.popleft())
+        batch = None
+        if whole is None and start < stop:
+            batch = encode(learner, chunk, slice(start, stop))
+            rejected += explain(batch.rejected, chunk, config, start)
+        elif whole is not None:
+            batch = _part(whole, start, stop)
+            found = []
+            while errors and errors[0].index < stop:
+                found.append(errors.popleft())
+            rejected += explain(found, chunk, config)
+        yield _MiniBatch(batch, sorted(rejected, key=lambda one: one.index), stop, stop_index)
+        start = stop
+
+
+def _part(whole: Batch, start: int, stop: int) -> Batch:
+    """The events of some rows of a chunk that is encoded as a whole."""
+    if whole.accepted is None:
+        return whole.select(slice(start, stop))
+    first, last = np.searchsorted(whole.accepted, [start, stop])
+    return replace(whole.select(slice(first, last)), accepted=whole.accepted[first:last] - start)
+
+
+def _n_of_warm_up(learner: OnlineEM, batch: Batch) -> int:
+    """How many events at the start of a batch, about to be learned, come before there is a mixture."""
+    left = learner.warm_up_left
+    if not left:
+        return 0
+    # An event without weight is scored, but it brings the end of the warm-up no nearer.
+    told = np.ones(batch.n_events, bool) if batch.weight is None else batch.weight > 0.0
+    return int(np.count_nonzero(np.cumsum(told) - told < left))
+
+
+def _strides(config: Config, source: Source) -> tuple[int, int]:
+    """Events in a chunk, whole batches, and events between two checkpoints, whole chunks."""
+    size, wanted = config.learner.batch_size, config.output.checkpoint_every
+    rows = min(chunk_rows(source, size), -(-wanted // size) * size)
+    return rows, -(-wanted // rows) * rows

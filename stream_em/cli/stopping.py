@@ -1,0 +1,60 @@
+"""Ctrl-C and a polite kill, heeded between batches."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Self
+
+from stream_em.sources import Chunk
+
+
+class StopRequest:
+    """Ctrl-C and a polite kill, heeded between batches.
+
+    A signal sets `requested`. Only while the job waits for its source does it also raise KeyboardInterrupt,
+    since standard input may never say another word. A second signal interrupts whatever goes on.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.name = ""
+        self._waiting = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        again, self.requested = self.requested, True
+        self.name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        if again or self._waiting:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def _wait(self) -> Iterator[None]:
+        self._waiting = True
+        try:
+            yield
+        finally:
+            self._waiting = False
+
+    def until(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        """Yield the chunks that come until a stop is requested."""
+        while not self.requested:
+            try:
+                with self._wait():
+                    chunk = next(chunks, None)
+            except KeyboardInterrupt:
+                return
+            if chunk is None:
+                return
+            yield chunk
