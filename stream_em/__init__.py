@@ -18,9 +18,12 @@ from stream_em.schedules import Constant, HalfLife, Harmonic, RobbinsMonro
 from stream_em.schema import Batch, EventError, Field, Schema, SchemaError
 from stream_em.statistics import MergeError, Statistics
 from stream_em.store import SnapshotError, load, read_metadata, save
+from stream_em.structure import AdaptiveComponents, StructureChanges
+from stream_em.truncation import ExpandingTruncations
 
 __all__ = [
     "FIEM",
+    "AdaptiveComponents",
     "Batch",
     "BatchEM",
     "Bernoulli",
@@ -28,6 +31,7 @@ __all__ = [
     "ComponentDescription",
     "Constant",
     "EventError",
+    "ExpandingTruncations",
     "Exponential",
     "FamilyError",
     "Field",
@@ -51,6 +55,7 @@ __all__ = [
     "SchemaError",
     "SnapshotError",
     "Statistics",
+    "StructureChanges",
     "VarianceReduced",
     "load",
     "read_metadata",

@@ -22,17 +22,22 @@ from stream_em.methods import iterations as iterations
 from stream_em.models import Mixture, MixtureParameters
 from stream_em.models.mixture import Posterior
 from stream_em.numerics import Array, check_whole, compiled_or_none
-from stream_em.schedules import LEAST_SHARE, HalfLife, Harmonic, RobbinsMonro, Schedule
+from stream_em.schedules import LEAST_SHARE, Constant, HalfLife, Harmonic, RobbinsMonro, Schedule
 from stream_em.schema import OTHER, UNKNOWN_POLICIES, Batch, Schema, SchemaError, in_memory
 from stream_em.seeding import Reservoir, concatenate
 from stream_em.seeding import seed as seed_parameters
 from stream_em.state import State, has_compiled_blocks, has_compiled_form
 from stream_em.statistics import MergeError, Statistics, Window
+from stream_em.structure import AdaptiveComponents, StructureChanges, StructureState
+from stream_em.truncation import ExpandingTruncations, TruncationState
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from stream_em.event_kernel import EventKernel
+
+STEPS_NEED_EVENTS = "each step of the schedule is one mini-batch, which needs an event to move the statistics towards"
+M_STEPS_NEED_EVENTS = "an M-step needs the statistics of an event"
 
 # Mini-batches after which compiled code is worth loading.
 COMPILE_AFTER = 1_000
@@ -62,6 +67,10 @@ class Prediction(NamedTuple):
     log_prob: Array
     component: npt.NDArray[np.int64]
     responsibilities: Array
+
+
+Scored = list[tuple[Prediction, npt.NDArray[np.int64]]]
+"""Predictions of the pieces of an update, with the ids of the components at the time."""
 
 
 class FittedMixture:
@@ -174,7 +183,8 @@ class FittedMixture:
 
     def n_parameters(self) -> int:
         """Return the number of free parameters."""
-        return self.model.n_parameters(self._known_schema())
+        n_components = None if self._parameters is None else self._parameters.n_components
+        return self.model.n_parameters(self._known_schema(), n_components)
 
     def bic(self, events: Events) -> float:
         """Return the Bayesian information criterion on these events; lower is better (Schwarz 1978)."""
@@ -292,6 +302,10 @@ class OnlineEM(FittedMixture):
         Learn from the newest events only, no more than this many: a sliding window, which mini-batches enter and leave
         as a whole, and so do the events of the warm-up. Within it all events count alike, so the schedule is
         `Harmonic`, the default then, or `HalfLife`. Its statistics are held for each mini-batch in it.
+    structure
+        `AdaptiveComponents` for a number of components that follows the events; None to keep that of the model.
+    truncation
+        `ExpandingTruncations` to put parameters that go astray back to the start; None to let them go.
     seed
         Seed of the warm-up's random choices.
 
@@ -299,7 +313,8 @@ class OnlineEM(FittedMixture):
     ------
     ValueError
         When a number is out of range, `initial_parameters` come without `schema`, or a `window` has less room than
-        a mini-batch or the warm-up, or another schedule.
+        a mini-batch or the warm-up, or another schedule; when two of `window`, `structure` and `truncation` are
+        given, or the memory is too short for the `structure`.
 
     Notes
     -----
@@ -330,6 +345,8 @@ class OnlineEM(FittedMixture):
         "first_m_step",
         "averaging",
         "window",
+        "structure",
+        "truncation",
         "seed",
     )
 
@@ -346,15 +363,19 @@ class OnlineEM(FittedMixture):
         first_m_step: int = 20,
         averaging: bool = False,
         window: int | None = None,
+        structure: AdaptiveComponents | None = None,
+        truncation: ExpandingTruncations | None = None,
         seed: int = 0,
     ) -> None:
-        check_whole(batch_size=batch_size, warm_up=1 if warm_up is None else warm_up, first_m_step=first_m_step)
+        check_whole(why=STEPS_NEED_EVENTS, batch_size=batch_size)
+        check_whole(why=M_STEPS_NEED_EVENTS, warm_up=1 if warm_up is None else warm_up, first_m_step=first_m_step)
+        check_whole(why=M_STEPS_NEED_EVENTS, window=1 if window is None else window)
         check_whole(least=0, seed=seed)
-        check_whole(window=1 if window is None else window)
         if unknown not in UNKNOWN_POLICIES:
             raise ValueError(f"unknown={unknown!r}, expected one of {', '.join(UNKNOWN_POLICIES)}")
         if initial_parameters is not None and schema is None:
             raise ValueError("initial_parameters need the schema they are for")
+        _check_alone(window=window, structure=structure, truncation=truncation)
         super().__init__(model, initial_parameters, schema)
         usual = RobbinsMonro() if window is None else Harmonic()
         self._schedule: Schedule = _checked(usual if schedule is None else schedule, window)
@@ -367,10 +388,14 @@ class OnlineEM(FittedMixture):
         self.first_m_step = first_m_step
         self.averaging = averaging
         self.window = window
+        self.structure = structure
+        self.truncation = truncation
         self.seed = seed
         if window is not None:
             _check_room(window, batch_size, self.warm_up)
         self._window = Window()
+        self._structure = StructureState()
+        self._truncation = TruncationState()
         self.ignored_fields: Counter[str] = Counter()
         self.origin = "" if initial_parameters is None else _origin(initial_parameters)
         self._known = State(iterate=initial_parameters)
@@ -430,7 +455,7 @@ class OnlineEM(FittedMixture):
 
     @batch_size.setter
     def batch_size(self, batch_size: int) -> None:
-        check_whole(batch_size=batch_size)
+        check_whole(why=STEPS_NEED_EVENTS, batch_size=batch_size)
         if self.window is not None:
             _check_room(self.window, batch_size, self.warm_up)
         self._batch_size = batch_size
@@ -445,6 +470,16 @@ class OnlineEM(FittedMixture):
     def statistics(self) -> Statistics | None:
         """The discounted expected sufficient statistics, or None during the warm-up."""
         return self._state.statistics
+
+    @property
+    def structure_changes(self) -> StructureChanges:
+        """How often components were born, died, merged and split; all 0 without `structure`."""
+        return self._structure.changes
+
+    @property
+    def truncations(self) -> int:
+        """How often the parameters were put back to the start; 0 without `truncation`."""
+        return self._truncation.count
 
     @property
     def warming_up(self) -> bool:
@@ -521,14 +556,15 @@ class OnlineEM(FittedMixture):
         """Return this learner's state as compiled code holds it, for single events, or None.
 
         There is none during the warm-up, without Numba, and for what has no compiled form: `averaging`, `window`,
-        `HalfLife`, families and schedules from outside this library. What the kernel learns, the learner has learned.
+        `structure`, `truncation`, `HalfLife`, families and schedules from outside this library. What the kernel
+        learns, the learner has learned.
         """
         return self._kernel_with("learn", has_compiled_form)
 
     def _kernel_with(self, part: str, has_form: Callable[[Mixture, Schedule], bool]) -> EventKernel | None:
         """Return the kernel once a part of it is compiled, None where there is no compiled form or no way to it."""
         kernel = self._kernel
-        if self.averaging or self.window is not None:
+        if self.averaging or any(one is not None for one in (self.window, self.structure, self.truncation)):
             return None
         if kernel is not None and part in kernel.__dict__:
             return kernel
@@ -557,7 +593,9 @@ class OnlineEM(FittedMixture):
     ) -> Prediction:
         """Score each event with what was known before its mini-batch, then learn from it: one E-step for both.
 
-        What was known is the last iterate, also where `averaging` makes `parameters` its average.
+        What was known is the last iterate, also where `averaging` makes `parameters` its average. The columns of the
+        responsibilities are the components after the update: where a `structure` took some away meanwhile, theirs
+        are left out, and a row sums to less than 1.
 
         Raises
         ------
@@ -566,13 +604,17 @@ class OnlineEM(FittedMixture):
 
         """
         batch = self.encode(events, weight, time, extend=True)
-        predictions: list[Prediction] = []
-        self._learn(batch, predictions)
+        scored: Scored = []
+        self._learn(batch, scored)
+        if not scored:
+            n_components = len(self._component_ids())
+            return Prediction(np.empty(0), np.empty(0, dtype=np.int64), np.empty((0, n_components)))
+        predictions = [prediction for prediction, _ in scored]
+        if self.structure is not None:
+            left = self._component_ids()
+            predictions = [_with_columns(prediction, ids, left) for prediction, ids in scored]
         if len(predictions) == 1:
             return predictions[0]
-        if not predictions:
-            n_components = self.model.n_components
-            return Prediction(np.empty(0), np.empty(0, dtype=np.int64), np.empty((0, n_components)))
         return Prediction(*(np.concatenate(columns) for columns in zip(*predictions)))
 
     def _posterior(self, batch: Batch) -> Posterior:
@@ -595,11 +637,13 @@ class OnlineEM(FittedMixture):
             log_prob = super()._posterior(batch).log_prob
         return Posterior(log_prob, np.full((n_components, batch.n_events), 1.0 / n_components))
 
-    def _learn(self, batch: Batch, predictions: list[Prediction] | None) -> None:
+    def _learn(self, batch: Batch, scored: Scored | None) -> None:
         before = dict(self.__dict__, _buffer=list(self._buffer))
         restore = None if self._kernel is None else self._kernel.checkpoint()
         try:
             batch, bound = self._accept(batch)
+            if self.structure is not None and not self._known.n_updates:
+                self.structure.check_memory(bound, len(self._component_ids()), self._memory)
             for one in (*self._buffer, batch):
                 bound.check(one)
             start = 0
@@ -609,9 +653,9 @@ class OnlineEM(FittedMixture):
                 stop = min(start + min(room, self.batch_size), batch.n_events)
                 piece = batch if stop - start == batch.n_events else batch.select(slice(start, stop))
                 if self.warming_up:
-                    self._keep_aside(piece, predictions)
+                    self._keep_aside(piece, scored)
                 else:
-                    self._step(bound, piece, predictions)
+                    self._step(bound, piece, scored)
                 start = stop
         except BaseException:
             self.__dict__.update(before)
@@ -635,7 +679,7 @@ class OnlineEM(FittedMixture):
         if statistics is not None and known is not None:
             old = known
             statistics = self._changed(statistics, lambda one: self.model.grow(one, old, batch.schema, batch))
-            iterate = bound.m_step(statistics)
+            iterate = self._m_step(bound, statistics)
         elif iterate is not None and known is not None:
             # Until the first M-step there are parameters but no statistics that could grow.
             ignored = Counter(batch.ignored_fields)
@@ -643,15 +687,17 @@ class OnlineEM(FittedMixture):
                 ignored[name] += int(np.count_nonzero(~np.isnan(row)))
             return replace(_adapted(batch, known), ignored_fields=ignored), self._bound_model()
         self._buffer = [_adapted(one, batch.schema) for one in self._buffer]
+        self._structure = self._structure.apply(lambda one: _adapted(one, batch.schema))
         self._schema, self._bound = batch.schema, bound
         self._state = replace(self._state, statistics=statistics, iterate=iterate)
         self._parameters = iterate
         self._average = _Average()
         return batch, bound
 
-    def _keep_aside(self, piece: Batch, predictions: list[Prediction] | None) -> None:
-        if predictions is not None:
-            predictions.append(_as_prediction(self._warm_up_posterior(piece), self._component_ids()))
+    def _keep_aside(self, piece: Batch, scored: Scored | None) -> None:
+        if scored is not None:
+            ids = self._component_ids()
+            scored.append((_as_prediction(self._warm_up_posterior(piece), ids), ids))
         # The events belong to the caller, who may reuse their memory; those without weight say nothing.
         told = piece if piece.weight is None else piece.select(np.flatnonzero(piece.weight))
         if told.n_events:
@@ -678,7 +724,9 @@ class OnlineEM(FittedMixture):
         seen = concatenate(self._buffer)
         start = seed_parameters(self.model, seen, np.random.default_rng(self.seed))
         statistics = self._windowed(self._expected(bound, start, seen, None), seen.n_events)
-        self._parameters = bound.m_step(statistics)
+        self._parameters = self._m_step(bound, statistics)
+        if self.truncation is not None:
+            _, self._truncation = self.truncation.hold(bound, statistics, self._parameters, self._truncation)
         self._state = replace(self._state, statistics=statistics, iterate=self._parameters, n_updates=1)
         # What is known of fields that depend on no other needs no settling once these come.
         unseen = np.isnan(seen.values).all(axis=1) & bound.family.joint_fields(len(seen.values))
@@ -687,7 +735,7 @@ class OnlineEM(FittedMixture):
         self._buffer = []
 
     def _expected(
-        self, bound: Mixture, parameters: MixtureParameters, piece: Batch, predictions: list[Prediction] | None
+        self, bound: Mixture, parameters: MixtureParameters, piece: Batch, scored: Scored | None
     ) -> Statistics:
         """E-step on a piece, its statistics expressed at its newest event time under `HalfLife`."""
         half_life, newest = self.schedule.half_life, None
@@ -698,12 +746,17 @@ class OnlineEM(FittedMixture):
             reference = piece.time if newest is None else newest
             discount = np.exp2(np.minimum((piece.time - reference) / half_life, 0.0))
             piece = replace(piece, weight=discount if piece.weight is None else piece.weight * discount)
-        if predictions is None:
+        if scored is None:
             statistics = bound.e_step(parameters, piece)
         else:
             statistics, posterior = bound.e_step_with_posterior(parameters, piece)
-            predictions.append(_as_prediction(posterior, parameters.component_ids))
+            scored.append((_as_prediction(posterior, parameters.component_ids), parameters.component_ids))
         return statistics if half_life is None else replace(statistics, half_life=half_life, time=newest)
+
+    @property
+    def _memory(self) -> float:
+        """Events that a learner remembers, as far as the schedule bounds them."""
+        return self.batch_size / self.schedule.value if isinstance(self.schedule, Constant) else math.inf
 
     def _windowed(self, new: Statistics, n_events: int) -> Statistics:
         """Return what the window comes to with new statistics; without a window, these alone."""
@@ -713,9 +766,20 @@ class OnlineEM(FittedMixture):
         return self._window.total
 
     def _changed(self, statistics: Statistics, change: Callable[[Statistics], Statistics]) -> Statistics:
-        """Return the changed statistics, and change those of the window alike."""
-        self._window = self._window.apply(change)
+        """Return the changed statistics, and change those of the window and of the start alike."""
+        self._window, self._truncation = self._window.apply(change), self._truncation.apply(change)
         return change(statistics)
+
+    def _m_step(
+        self,
+        bound: Mixture,
+        statistics: Statistics,
+        *,
+        kept: tuple[MixtureParameters, npt.NDArray[np.bool_]] | None = None,
+    ) -> MixtureParameters:
+        if self.structure is None:
+            return bound.m_step(statistics, kept=kept)
+        return self.structure.m_step(bound, statistics, kept=kept)
 
     def _count(self, piece: Batch) -> None:
         state = self._state
@@ -725,14 +789,16 @@ class OnlineEM(FittedMixture):
             total_weight=state.total_weight + piece.total_weight,
         )
 
-    def _step(self, bound: Mixture, piece: Batch, predictions: list[Prediction] | None) -> None:
-        if self._step_compiled(piece, predictions):
+    def _step(self, bound: Mixture, piece: Batch, scored: Scored | None) -> None:
+        if self._step_compiled(piece, scored):
             return
         if self._unseen and _n_told(piece):
             self._settle(bound, piece)
         state = self._state
         assert state.iterate is not None
-        new = self._expected(bound, state.iterate, piece, predictions)
+        if scored is None and self.structure is not None and self.structure.moves:
+            scored = []
+        new = self._expected(bound, state.iterate, piece, scored)
         if not _n_told(piece):
             return
         self._count(piece)
@@ -751,23 +817,42 @@ class OnlineEM(FittedMixture):
         if state.n_updates and n_events // self.batch_size == state.n_events // self.batch_size:
             # Between whole mini-batches, the components that have next to nothing of the new events stay.
             kept = state.iterate, ~(new.weights > LEAST_SHARE * piece.total_weight)
-        iterate = bound.m_step(statistics, kept=kept)
+        iterate = self._m_step(bound, statistics, kept=kept)
+        statistics, iterate = self._revised(bound, statistics, iterate, piece, scored)
         self._state = State(statistics, iterate, n_events, total_weight, state.n_updates + 1)
         if self.averaging:
             self._average = self._average.include(iterate, self._state.n_updates)
         self._parameters = self._average.reported if self.averaging else iterate
 
-    def _step_compiled(self, piece: Batch, predictions: list[Prediction] | None) -> bool:
+    def _revised(
+        self, bound: Mixture, statistics: Statistics, iterate: MixtureParameters, piece: Batch, scored: Scored | None
+    ) -> tuple[Statistics, MixtureParameters]:
+        """Return what was learned after the changes that `structure` or `truncation` make to it."""
+        revised = statistics
+        if self.structure is not None:
+            log_prob = scored[-1][0].log_prob if scored else None
+            revised, self._structure = self.structure.revise(
+                bound, statistics, iterate, self._structure, piece, log_prob, self.n_events, self.seed
+            )
+        elif self.truncation is not None:
+            revised, self._truncation = self.truncation.hold(bound, statistics, iterate, self._truncation)
+        if revised is statistics:
+            return statistics, iterate
+        self._average = _Average()
+        return revised, self._m_step(bound, revised)
+
+    def _step_compiled(self, piece: Batch, scored: Scored | None) -> bool:
         """Take the step in compiled code, where there is some; return whether it was taken."""
         # Loading it takes as long as many steps in NumPy.
         if piece.observed is not None or (self._kernel is None and self._known.n_updates < COMPILE_AFTER):
             return False
         kernel = self._kernel_with("blocks", has_compiled_blocks)
-        learned = None if kernel is None else kernel.blocks.learn(piece, keep=predictions is not None)
+        learned = None if kernel is None else kernel.blocks.learn(piece, keep=scored is not None)
         if learned is None:
             return False
-        if predictions is not None:
-            predictions.append(Prediction(*learned))
+        if scored is not None:
+            assert self._known.iterate is not None
+            scored.append((Prediction(*learned), self._known.iterate.component_ids))
         return True
 
     def _settle(self, bound: Mixture, piece: Batch) -> None:
@@ -778,7 +863,7 @@ class OnlineEM(FittedMixture):
         if not absent.all() and statistics is not None:
             self._unseen = tuple(unseen[absent].tolist())
             statistics = self._changed(statistics, lambda one: self.model.settle(one, unseen[~absent], piece))
-            self._parameters = bound.m_step(statistics)
+            self._parameters = self._m_step(bound, statistics)
             self._state = replace(self._state, statistics=statistics, iterate=self._parameters)
 
     def grow(self, batch: Batch) -> Self:
@@ -803,7 +888,15 @@ class OnlineEM(FittedMixture):
         """Let all that was learned so far count for no more than this weight of events; return the learner.
 
         Until the schedule's own memory is filled again, new events count for as much as if the learner were that young.
+
+        Raises
+        ------
+        ValueError
+            When the weight is negative or not finite.
+
         """
+        if not 0.0 <= weight < math.inf:
+            raise ValueError(f"weight must be finite and >= 0, got {weight!r}: learned events cannot count negative")
         state = self._state
         if state.statistics is not None and state.statistics.total_weight > weight:
             retention = weight / state.statistics.total_weight
@@ -825,8 +918,9 @@ class OnlineEM(FittedMixture):
         state = self._state
         if state.iterate is None or state.statistics is None:
             raise NotFittedError("a learner that is still warming up has no components that could be renumbered")
-        if component_ids.shape != (self.model.n_components,) or len(np.unique(component_ids)) != len(component_ids):
-            raise ValueError(f"component_ids must be {self.model.n_components} different numbers, got {component_ids}")
+        n_components = state.iterate.n_components
+        if component_ids.shape != (n_components,) or len(np.unique(component_ids)) != n_components:
+            raise ValueError(f"component_ids must be {n_components} different numbers, got {component_ids}")
         iterate = replace(state.iterate, component_ids=component_ids)
         statistics = self._changed(state.statistics, lambda one: replace(one, component_ids=component_ids))
         self._state = replace(state, iterate=iterate, statistics=statistics)
@@ -835,6 +929,10 @@ class OnlineEM(FittedMixture):
 
     def merge(self, other: OnlineEM) -> OnlineEM:
         """Return a learner that has learned what both have; neither is changed.
+
+        With a `structure` the two may have different components, which are merged by their ids. One that was born
+        in, or has died in, one of the two only, lives, with the statistics of the learner that has it; updates of the
+        merged learner see whether it stays. With a `truncation` the merged state is the new start.
 
         Raises
         ------
@@ -848,24 +946,31 @@ class OnlineEM(FittedMixture):
                 "learners with a window cannot be merged: which events are the newest of both depends on an order "
                 "that their blocks do not keep; merge learners with HalfLife, whose forgetting commutes with merging"
             )
-        if self.schedule != other.schedule:
-            raise MergeError(f"schedules differ: {self.schedule} and {other.schedule}")
+        for what, mine, theirs in (
+            ("schedules", self.schedule, other.schedule),
+            ("structures", self.structure, other.structure),
+            ("truncations", self.truncation, other.truncation),
+        ):
+            if mine != theirs:
+                raise MergeError(f"{what} differ: {mine} and {theirs}")
         grown = self if schema is self.schema else other
         merged = self._like(schema=schema, initial_parameters=grown._state.iterate)
         told = [_grown(one, schema) for one in (self, other) if one.statistics is not None]
         merged.ignored_fields = self.ignored_fields + other.ignored_fields
         merged.origin = self.origin
         merged._unseen = tuple(position for position in self._unseen if position in other._unseen)
-        mine, theirs = self._state, other._state
+        merged._structure = self._structure.merge(other._structure)
+        merged._truncation = self._truncation.merge(other._truncation)
+        first, second = self._state, other._state
         state = replace(
             merged._state,
-            n_events=mine.n_events + theirs.n_events,
-            total_weight=mine.total_weight + theirs.total_weight,
-            n_updates=mine.n_updates + theirs.n_updates,
+            n_events=first.n_events + second.n_events,
+            total_weight=first.total_weight + second.total_weight,
+            n_updates=first.n_updates + second.n_updates,
         )
         if told:
-            statistics = reduce(Statistics.merge, told)
-            merged._parameters = merged._bound_model().m_step(statistics)
+            statistics = reduce(Statistics.merge if self.structure is None else Statistics.merge_by_id, told)
+            merged._parameters = merged._m_step(merged._bound_model(), statistics)
             state = replace(state, statistics=statistics, iterate=merged._parameters)
         merged._state = state
         return merged
@@ -925,6 +1030,15 @@ def _checked(schedule: Schedule, window: int | None) -> Schedule:
             "Harmonic() or HalfLife()"
         )
     return schedule
+
+
+def _check_alone(**given: Any) -> None:
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise ValueError(
+            f"{named[0]} and {named[1]} cannot be had together: components that come or go have no part in the "
+            "events of a window or in a start to be put back to, and a window forgets whatever goes astray"
+        )
 
 
 def _check_room(window: int, batch_size: int, warm_up: int) -> None:
@@ -1110,7 +1224,9 @@ class BatchEM(FittedMixture):
         check_whole(max_iter=max_iter, n_init=n_init, seed_events=seed_events, n_threads=n_threads)
         check_whole(least=0, seed=seed)
         if not tol >= 0.0:
-            raise ValueError(f"tol must be >= 0, got {tol!r}")
+            raise ValueError(
+                f"tol must be >= 0, got {tol!r}: no iteration of EM lowers the log-posterior, so it never gains less"
+            )
         if initial_parameters is not None and schema is None:
             raise ValueError("initial_parameters need the schema they are for")
         if not isinstance(method, Method | None):
@@ -1321,6 +1437,16 @@ def _interpolated(average: Any, new: Any, n_averaged: int) -> Any:
             for one in fields(new)
         },
     )
+
+
+def _with_columns(prediction: Prediction, ids: npt.NDArray[np.int64], columns: npt.NDArray[np.int64]) -> Prediction:
+    """Return a prediction whose responsibilities, of components with these ids, have a column for each of others."""
+    if np.array_equal(ids, columns):
+        return prediction
+    responsibilities = np.zeros((len(prediction.log_prob), len(columns)))
+    _, at, of_columns = np.intersect1d(ids, columns, return_indices=True)
+    responsibilities[:, of_columns] = prediction.responsibilities[:, at]
+    return prediction._replace(responsibilities=responsibilities)
 
 
 def _as_prediction(posterior: Posterior, component_ids: npt.NDArray[np.int64]) -> Prediction:

@@ -177,7 +177,7 @@ class Incremental(Method):
     batch_size: int = 100
 
     def __post_init__(self) -> None:
-        check_whole(batch_size=self.batch_size)
+        check_whole(why="a block needs an event to take an E-step on", batch_size=self.batch_size)
 
     def iterations(  # noqa: D102 - inherited
         self,
@@ -249,7 +249,7 @@ class VarianceReduced(Method):
 
     def __post_init__(self) -> None:
         _check_step(self.step)
-        check_whole(batch_size=self.batch_size)
+        check_whole(why="a block needs an event to take an E-step on", batch_size=self.batch_size)
         check_whole(least=0, seed=self.seed)
 
     def iterations(  # noqa: D102 - inherited
@@ -325,7 +325,7 @@ class FIEM(Method):
 
     def __post_init__(self) -> None:
         _check_step(self.step)
-        check_whole(batch_size=self.batch_size)
+        check_whole(why="a block needs an event to take an E-step on", batch_size=self.batch_size)
         check_whole(least=0, seed=self.seed)
 
     def iterations(  # noqa: D102 - inherited

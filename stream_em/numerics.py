@@ -37,8 +37,8 @@ class NumericalError(ArithmeticError):
     """Raised when a covariance cannot be made positive definite."""
 
 
-def check_whole(*, least: int = 1, **given: Any) -> None:
-    """Check that named numbers are whole and at least `least`.
+def check_whole(*, least: int = 1, why: str = "", **given: Any) -> None:
+    """Check that named numbers are whole and at least `least`; `why` is the reason that an error gives.
 
     Raises
     ------
@@ -48,7 +48,8 @@ def check_whole(*, least: int = 1, **given: Any) -> None:
     """
     for name, value in given.items():
         if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+            reason = f": {why}" if why else ""
+            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}{reason}")
 
 
 def softmax_in_place(log_joint: Array) -> Array:

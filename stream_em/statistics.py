@@ -71,6 +71,10 @@ class Sums:
         """Return the statistics of the components at these positions."""
         return Sums(self.values[order])
 
+    def place(self, positions: npt.NDArray[np.intp], n_components: int) -> Sums:
+        """Return the statistics of so many components, with these at the positions (K,) and no events in the others."""
+        return Sums(_placed(self.values, positions, n_components))
+
     def arrays(self) -> dict[str, Array]:
         """Return the arrays by name, for snapshots and coders."""
         return {"values": self.values}
@@ -177,6 +181,12 @@ class Moments:
         """Return the statistics of the components at these positions; a tied scatter stays that of all."""
         return Moments(self.weight[order], self.mean[order], self.scatter if self.is_tied else self.scatter[order])
 
+    def place(self, positions: npt.NDArray[np.intp], n_components: int) -> Moments:
+        """Return the statistics of so many components, with these at the positions (K,) and no events in the others."""
+        weight, mean = (_placed(one, positions, n_components) for one in (self.weight, self.mean))
+        scatter = self.scatter if self.is_tied else _placed(self.scatter, positions, n_components)
+        return Moments(weight, mean, scatter)
+
     def arrays(self) -> dict[str, Array]:
         """Return the arrays by name, for snapshots and coders."""
         return {"weight": self.weight, "mean": self.mean, "scatter": self.scatter}
@@ -199,6 +209,12 @@ class Moments:
         if self.is_tied:
             return self.scatter + (self.weight[:, None] * self.mean).T @ self.mean
         return self.scatter + self.weight[:, None, None] * self.mean[:, :, None] * self.mean[:, None, :]
+
+
+def _placed(rows: Array, positions: npt.NDArray[np.intp], n_rows: int) -> Array:
+    placed = np.zeros((n_rows, *rows.shape[1:]))
+    placed[positions] = rows
+    return placed
 
 
 def _along(coefficients: Array, array: Array) -> Array:
@@ -333,6 +349,34 @@ class Statistics:
         """Return the statistics with the components at the positions `order`."""
         parts = {name: part.select(order) for name, part in self.parts.items()}
         return replace(self, parts=parts, component_ids=self.component_ids[order])
+
+    def merge_by_id(self, other: Statistics) -> Statistics:
+        """Return the statistics of both sets of events, of every component that either has.
+
+        A component that one of them lacks has no events there. Where the components differ, they come in the order of
+        their ids.
+
+        Raises
+        ------
+        MergeError
+            When the half-lives or the shapes differ.
+
+        >>> one = Statistics({"components": Sums(np.array([1.0, 2.0]))}, 0.0, np.array([0, 1]))
+        >>> two = Statistics({"components": Sums(np.array([4.0, 8.0]))}, 0.0, np.array([7, 0]))
+        >>> both = one.merge_by_id(two)
+        >>> both.component_ids, both.weights
+        (array([0, 1, 7]), array([9., 2., 4.]))
+
+        """
+        component_ids = np.union1d(self.component_ids, other.component_ids)
+        if len(component_ids) == len(self.component_ids) == len(other.component_ids):
+            return self.merge(other)
+        return self._placed_at(component_ids).merge(other._placed_at(component_ids.copy()))
+
+    def _placed_at(self, component_ids: npt.NDArray[np.int64]) -> Statistics:
+        positions = np.searchsorted(component_ids, self.component_ids)
+        parts = {name: part.place(positions, len(component_ids)) for name, part in self.parts.items()}
+        return replace(self, parts=parts, component_ids=component_ids)
 
     @property
     def weights(self) -> Array:

@@ -85,7 +85,7 @@ class Mixture:
     family
         Family of the components; `Product` gives fields families of their own.
     n_components
-        K >= 1.
+        K >= 1; the parameters of a learner that adapts it hold another number.
     prior_weight
         Strength of the prior, > 0: in the M-step each component is given this many pseudo-events drawn from
         the pooled distribution of all the data, so the scale of the data is the scale of the prior, a
@@ -194,13 +194,23 @@ class Mixture:
         statistics, _ = bound._expect(bound.pooled(batch), batch, given=responsibilities)
         return bound.m_step(statistics)
 
-    def pooled(self, batch: Batch) -> MixtureParameters:
-        """Return parameters of K identical components fitted to all the events: nothing told apart yet."""
+    def pooled(self, batch: Batch, n_components: int | None = None) -> MixtureParameters:
+        """Return parameters of K identical components fitted to all the events: nothing told apart yet.
+
+        Parameters
+        ----------
+        batch
+            The events.
+        n_components
+            K, by default that of the model.
+
+        """
+        size = self.n_components if n_components is None else n_components
         weight = np.ones(batch.n_events) if batch.weight is None else batch.weight
         return MixtureParameters(
-            np.full(self.n_components, 1.0 / self.n_components),
-            self.bind(batch.schema).family.pooled(batch.values, weight, self.n_components),
-            np.arange(self.n_components, dtype=np.int64),
+            np.full(size, 1.0 / size),
+            self.bind(batch.schema).family.pooled(batch.values, weight, size),
+            np.arange(size, dtype=np.int64),
         )
 
     def e_step(self, parameters: MixtureParameters, batch: Batch, *, n_threads: int = 1) -> Statistics:
@@ -281,10 +291,10 @@ class Mixture:
         values = self.family.sample(parameters.components, components, generator)
         return values, parameters.component_ids[components]
 
-    def n_parameters(self, schema: Schema) -> int:
-        """Return the number of free parameters, the mixing weights included."""
-        family = self.family.bind(schema.fields)
-        return self.n_components - 1 + family.n_parameters(len(schema), self.n_components)
+    def n_parameters(self, schema: Schema, n_components: int | None = None) -> int:
+        """Return the number of free parameters, the mixing weights included, of by default the model's K components."""
+        size = self.n_components if n_components is None else n_components
+        return size - 1 + self.family.bind(schema.fields).n_parameters(len(schema), size)
 
     def restrict(self, keep: npt.NDArray[np.intp]) -> Mixture:
         """Return the model of the fields at the positions `keep` of a bound model, to be bound to them."""
@@ -315,7 +325,8 @@ class Mixture:
         new fields of a joint family.
         """
         bound = self.bind(new)
-        parts = bound.family.grow(statistics.parts, old.fields, new.fields, bound.pooled(batch).components)
+        pooled = bound.pooled(batch, len(statistics.component_ids))
+        parts = bound.family.grow(statistics.parts, old.fields, new.fields, pooled.components)
         return replace(
             statistics,
             parts={"components": statistics.parts["components"], **parts},
@@ -329,7 +340,8 @@ class Mixture:
         Until then a joint family could only guess at them, and the guess would weigh as much as the past.
         """
         bound = self.bind(batch.schema)
-        parts = bound.family.settle(statistics.parts, positions, bound.pooled(batch).components)
+        pooled = bound.pooled(batch, len(statistics.component_ids))
+        parts = bound.family.settle(statistics.parts, positions, pooled.components)
         return replace(statistics, parts={"components": statistics.parts["components"], **parts})
 
     def _expect(
@@ -344,7 +356,7 @@ class Mixture:
     ) -> tuple[Statistics, Posterior | None]:
         """Run the E-step of a bound model; `given` responsibilities replace those of the parameters."""
         self.check(batch)
-        posterior = self._empty_posterior(batch) if keep else None
+        posterior = _empty_posterior(parameters, batch) if keep else None
         weights: Array | None = None
         parts: Parts = {}
         log_likelihood = 0.0
@@ -355,7 +367,7 @@ class Mixture:
                     of_pattern = expectation.run(given, posterior, collect)
                 else:
                     alike = batch.select(positions)
-                    into = self._empty_posterior(alike) if keep else None
+                    into = _empty_posterior(parameters, alike) if keep else None
                     expectation = _Expectation(self, parameters, alike, observed, n_threads)
                     of_pattern = expectation.run(None if given is None else given[:, positions], into, collect)
                     if posterior is not None and into is not None:
@@ -370,8 +382,9 @@ class Mixture:
         assert weights is not None
         return Statistics({"components": Sums(weights), **parts}, log_likelihood, parameters.component_ids), posterior
 
-    def _empty_posterior(self, batch: Batch) -> Posterior:
-        return Posterior(np.empty(batch.n_events), np.empty((self.n_components, batch.n_events)))
+
+def _empty_posterior(parameters: MixtureParameters, batch: Batch) -> Posterior:
+    return Posterior(np.empty(batch.n_events), np.empty((parameters.n_components, batch.n_events)))
 
 
 def _missing_patterns(batch: Batch, family: Family) -> Iterator[tuple[npt.NDArray[np.intp] | None, Mask | None]]:
@@ -425,7 +438,7 @@ class _Expectation:
         self.batch = batch
         self.mask = batch.observed if observed is not None else None
         self.n_threads = n_threads
-        self.n_components = model.n_components
+        self.n_components = parameters.n_components
         self.block: Block = model.family.block(parameters.components, observed)
         self.center = batch.center
         self.theta = np.empty((self.n_components, self.block.n_features + 1))
