@@ -11,7 +11,6 @@ import numpy.typing as npt
 from stream_em import compiled, compiled_blocks
 from stream_em.families.base import feature_table
 from stream_em.numerics import Array
-from stream_em.schema import Batch
 
 if TYPE_CHECKING:
     from stream_em.event_kernel import EventKernel
@@ -37,14 +36,19 @@ class BlockKernel:
             (factor.positions, kernel.array(index, compiled.POOLED_MEAN)) for index, factor in enumerate(kernel.factors)
         ]
         self._step = compiled_blocks.compiled_step_block(general=kernel.general is not None)
+        self._ids_are_positions = np.array_equal(kernel.component_ids, np.arange(len(kernel.component_ids)))
 
-    def learn(self, batch: Batch, *, keep: bool) -> tuple[Array, npt.NDArray[np.int64], Array] | None:
+    def learn(
+        self, values: Array, weight: Array | None = None, *, keep: bool
+    ) -> tuple[Array, npt.NDArray[np.int64], Array] | None:
         """Learn from a mini-batch; return what was thought of its events before.
 
         Parameters
         ----------
-        batch
-            At least one event, encoded with the kernel's schema, nothing missing.
+        values
+            (D, B) at least one event, encoded with the kernel's schema, nothing missing.
+        weight
+            (B,), or None when all count alike.
         keep
             Whether components and responsibilities are wanted; they are left empty otherwise.
 
@@ -54,8 +58,9 @@ class BlockKernel:
             Shapes (B,), (B,) and (B, K); None when nothing was learned, because the numbers ask for more care.
 
         """
-        kernel, n_kept = self._kernel, batch.n_events if keep else 0
-        log_prob, winners = np.empty(batch.n_events), np.empty(n_kept, dtype=np.int64)
+        kernel, n_events = self._kernel, values.shape[1]
+        n_kept = n_events if keep else 0
+        log_prob, winners = np.empty(n_events), np.empty(n_kept, dtype=np.int64)
         responsibilities = np.empty((kernel.model.n_components, n_kept))
         for positions, mean in self._pooled_means:
             self._center[positions] = mean
@@ -63,8 +68,8 @@ class BlockKernel:
             kernel.vector,
             *self._table,
             self._center,
-            np.ascontiguousarray(batch.values),
-            NO_WEIGHT if batch.weight is None else np.ascontiguousarray(batch.weight),
+            np.ascontiguousarray(values),
+            NO_WEIGHT if weight is None else np.ascontiguousarray(weight),
             log_prob,
             responsibilities,
             winners,
@@ -73,5 +78,6 @@ class BlockKernel:
         if math.isnan(log_likelihood):
             return None
         if log_likelihood == math.inf:
-            kernel.repair(batch.n_events if batch.weight is None else int(np.count_nonzero(batch.weight)))
-        return log_prob, kernel.component_ids[winners], responsibilities.T
+            kernel.repair(n_events if weight is None else int(np.count_nonzero(weight)))
+        component = winners if self._ids_are_positions else kernel.component_ids[winners]
+        return log_prob, component, responsibilities.T

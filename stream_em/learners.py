@@ -549,6 +549,8 @@ class OnlineEM(FittedMixture):
             kernel = self.kernel()
             if kernel is not None and kernel.learn(events, 1.0 if weight is None else weight) is not None:
                 return self
+        if weight is None and time is None and self._learn_rows(events, keep=False) is not None:
+            return self
         self._learn(self.encode(events, weight, time, extend=True), None)
         return self
 
@@ -603,6 +605,10 @@ class OnlineEM(FittedMixture):
             As `update`.
 
         """
+        if weight is None and time is None:
+            learned = self._learn_rows(events, keep=True)
+            if learned is not None:
+                return Prediction(*learned)
         batch = self.encode(events, weight, time, extend=True)
         scored: Scored = []
         self._learn(batch, scored)
@@ -847,13 +853,27 @@ class OnlineEM(FittedMixture):
         if piece.observed is not None or (self._kernel is None and self._known.n_updates < COMPILE_AFTER):
             return False
         kernel = self._kernel_with("blocks", has_compiled_blocks)
-        learned = None if kernel is None else kernel.blocks.learn(piece, keep=scored is not None)
+        if kernel is None:
+            return False
+        learned = kernel.blocks.learn(piece.values, piece.weight, keep=scored is not None)
         if learned is None:
             return False
         if scored is not None:
             assert self._known.iterate is not None
             scored.append((Prediction(*learned), self._known.iterate.component_ids))
         return True
+
+    def _learn_rows(self, rows: Any, *, keep: bool) -> tuple[Array, npt.NDArray[np.int64], Array] | None:
+        """Learn from an array that is no more than a mini-batch in compiled code, as it is; None where that cannot be.
+
+        Encoding and checking a small array take longer than learning from it.
+        """
+        if type(rows) is not np.ndarray or self._kernel is None or len(rows) > self._batch_size:
+            return None
+        kernel = self._kernel_with("blocks", has_compiled_blocks)
+        if kernel is None or not kernel.schema.takes_as_is(rows):
+            return None
+        return kernel.blocks.learn(rows.T, keep=keep)
 
     def _settle(self, bound: Mixture, piece: Batch) -> None:
         """Take in fields that had no value in the warm-up, if they have one now."""

@@ -32,6 +32,10 @@ LARGEST_LOG_DENSITY = 1e200
 # A pivot below this share of its variance means that rounding, not data, decides the covariance.
 SMALLEST_RELATIVE_PIVOT = 1e-13
 
+# From this size on one call of LAPACK for each triangular matrix is faster than one of NumPy for all, which takes no
+# notice of the zeros.
+SMALLEST_FOR_LAPACK = 8
+
 
 class NumericalError(ArithmeticError):
     """Raised when a covariance cannot be made positive definite."""
@@ -110,6 +114,26 @@ def cholesky(covariance: Array) -> tuple[Array, Array]:
     if not (pivots * pivots >= SMALLEST_RELATIVE_PIVOT * variances).all():
         return _cholesky_with_jitter(covariance)
     return covariance, factor
+
+
+def inverse_of_lower(factor: Array) -> Array:
+    """Inverses (..., D, D) of lower triangular matrices (..., D, D), such as Cholesky factors.
+
+    >>> inverse_of_lower(np.array([[[2.0, 0.0], [1.0, 1.0]]]))
+    array([[[ 0.5,  0. ],
+            [-0.5,  1. ]]])
+
+    """
+    dimension = factor.shape[-1]
+    if dimension < SMALLEST_FOR_LAPACK:
+        return cast(Array, np.linalg.inv(factor))
+    from scipy.linalg.lapack import dtrtri
+
+    inverse = np.empty_like(factor)
+    for one, into in zip(factor.reshape(-1, dimension, dimension), inverse.reshape(-1, dimension, dimension)):
+        # LAPACK's columns are NumPy's rows: what is lower here is upper there.
+        into[:] = dtrtri(one.T, lower=0)[0].T
+    return inverse
 
 
 def _cholesky_with_jitter(covariance: Array) -> tuple[Array, Array]:

@@ -597,6 +597,22 @@ class Schema:
     def _with_fields(self, fields: Iterable[Field]) -> Schema:
         return Schema((*self.fields, *fields), unknown=self.unknown)
 
+    def takes_as_is(self, events: npt.NDArray[Any]) -> bool:
+        """Whether an array is one of events (n, D), n > 0, that `encode` would neither refuse nor change, none missing.
+
+        >>> Schema({"x": "numeric"}).takes_as_is(np.array([[1.0], [np.nan]]))
+        False
+
+        """
+        return (
+            self._all_numeric
+            and events.dtype == np.float64
+            and events.ndim == 2
+            and events.shape[0] > 0
+            and events.shape[1] == len(self.fields)
+            and _is_plain(events)
+        )
+
     def _check_values(self, values: Array, errors: dict[int, EventError]) -> bool:
         """Add an error for every value out of its field's range, and for every event without any value.
 
@@ -604,10 +620,7 @@ class Schema:
         """
         if values.shape[1] == 0:
             return True
-        # One pass tells that all is well: the sum of squares is not finite if any value is NaN or infinite.
-        flat = values.ravel(order="K")
-        with np.errstate(over="ignore"):
-            complete = float(np.dot(flat, flat)) < LARGEST_VALUE
+        complete = _is_plain(values)
         if complete and self._all_numeric:
             return True
         if not complete:
@@ -682,6 +695,13 @@ def _as_arrow(events: Any) -> pa.Table:
     described = (events.schema.pandas_metadata or {}).get("index_columns", ())
     index = [name for name in described if isinstance(name, str) and name in events.column_names]
     return events.drop_columns(index) if index else events
+
+
+def _is_plain(values: Array) -> bool:
+    """Whether no value is missing or beyond the range of numbers, as one pass tells: the sum of squares is small."""
+    flat = values.ravel(order="K")
+    with np.errstate(over="ignore"):
+        return float(np.dot(flat, flat)) < LARGEST_VALUE
 
 
 def _as_matrix(matrix: npt.NDArray[Any]) -> npt.NDArray[Any]:

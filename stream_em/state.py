@@ -13,8 +13,9 @@ from stream_em.statistics import Statistics
 COMPILED_FAMILIES: tuple[type[Family], ...] = (Bernoulli, Categorical, Exponential, Gaussian, Poisson)
 COMPILED_SCHEDULES = (Constant, Harmonic, RobbinsMonro)
 
-# In blocks of more fields the matrix products are all that counts, and NumPy's are as fast.
-MOST_FIELDS_IN_BLOCKS = 40
+# With more features, such as those of 40 fields with full covariances, the matrix products are all that counts, and
+# NumPy's are as fast.
+MOST_FEATURES_IN_BLOCKS = 860
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +64,9 @@ def has_compiled_blocks(model: Mixture, schedule: Schedule) -> bool:
         has_compiled_form(model, schedule)
         and model.assignment == "soft"
         and all(
-            isinstance(family, Gaussian) and family.covariance_type != "tied" and size <= MOST_FIELDS_IN_BLOCKS
+            isinstance(family, Gaussian)
+            and family.covariance_type != "tied"
+            and (size * (size + 3) // 2 if family.covariance_type == "full" else 2 * size) <= MOST_FEATURES_IN_BLOCKS
             for family, size in _leaves(model)
         )
     )

@@ -11,7 +11,7 @@ from cases import CASES, COMPILED_CASES, assert_statistics_close, draw_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stream_em import Batch, Constant, Gaussian, Harmonic, Mixture, OnlineEM, Product, RobbinsMonro, Schema
+from stream_em import Batch, Constant, EventError, Gaussian, Harmonic, Mixture, OnlineEM, Product, RobbinsMonro, Schema
 from stream_em.block_kernel import BlockKernel
 from stream_em.schedules import StepSize
 from stream_em.state import has_compiled_blocks
@@ -77,7 +77,7 @@ def test_mini_batches_agree_with_numpy(
 
 def test_the_usual_mini_batch_is_learned_in_compiled_code() -> None:
     learner = ready("mixed")
-    assert blocks_of(learner).learn(draw(1_000, 5), keep=False) is not None
+    assert blocks_of(learner).learn(draw(1_000, 5).values, keep=False) is not None
     assert learner.n_events == 1_400
 
 
@@ -86,7 +86,7 @@ def test_what_asks_for_care_changes_nothing_in_compiled_code(cause: str) -> None
     learner, batch = ready("full"), draw(300, 5)
     odd = replace(batch, values=batch.values + 1e9) if cause == "far" else replace(batch, weight=np.zeros(300))
     blocks, before = blocks_of(learner), to_bytes(learner)
-    assert blocks.learn(odd, keep=True) is None
+    assert blocks.learn(odd.values, odd.weight, keep=True) is None
     assert to_bytes(learner) == before
 
 
@@ -129,17 +129,59 @@ def test_a_failed_update_takes_earlier_pieces_back(monkeypatch: pytest.MonkeyPat
     blocks_of(learner)
     learn, calls = blocks.learn, []
 
-    def interrupted(batch: Batch, *, keep: bool) -> Any:
-        calls.append(batch)
+    def interrupted(*block: Any, keep: bool) -> Any:
+        calls.append(block)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return learn(batch, keep=keep)
+        return learn(*block, keep=keep)
 
     monkeypatch.setattr(blocks, "learn", interrupted)
     with pytest.raises(KeyboardInterrupt):
         learner.update(draw(500, 3))
     assert len(calls) == 3
     assert to_bytes(learner) == before
+
+
+@pytest.mark.parametrize("form", ["rows", "columns", "float32", "list", "more than a mini-batch"])
+def test_an_array_is_learned_as_the_batch_that_it_encodes_to(form: str) -> None:
+    learner, reference = ready("full", batch_size=300), ready("full", batch_size=300)
+    batch = draw(500 if form == "more than a mini-batch" else 300, 5)
+    rows: Any = np.ascontiguousarray(batch.values.T)
+    if form == "columns":
+        rows = np.asfortranarray(rows)
+    elif form == "float32":
+        rows = rows.astype(np.float32)
+        batch = SCHEMA.encode(rows)
+    elif form == "list":
+        rows = [dict(zip(SCHEMA.names, row)) for row in rows.tolist()]
+    assert blocks_of(learner)
+    assert blocks_of(reference)
+    found, expected = learner.predict_then_update(rows), reference.predict_then_update(batch)
+    for mine, theirs in zip(found, expected):
+        np.testing.assert_array_equal(mine, theirs)
+    assert to_bytes(learner) == to_bytes(reference)
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, 1e101])
+def test_an_array_that_cannot_be_learned_changes_nothing(value: float) -> None:
+    learner = ready("full")
+    before, rows = to_bytes(learner), np.ascontiguousarray(draw(300, 5).values.T)
+    assert blocks_of(learner)
+    rows[[3, 4], 1] = value
+    with pytest.raises(EventError) as caught:
+        learner.update(rows)
+    assert (caught.value.index, caught.value.field) == (3, SCHEMA.names[1])
+    assert to_bytes(learner) == before
+
+
+def test_missing_values_in_an_array_are_marginalised_after_compiled_arrays_too() -> None:
+    learner, reference = ready("full"), ready("full")
+    assert blocks_of(learner)
+    batch = draw(300, 5)
+    batch.values[0, 7] = np.nan
+    learner.update(np.ascontiguousarray(batch.values.T))
+    reference.update(replace(batch))
+    assert_statistics_close(learner.statistics, reference.statistics)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["diag", "spherical", "mixed"])
@@ -165,7 +207,7 @@ def test_events_without_weight_move_no_clock() -> None:
     for start in range(0, 300, 100):
         piece = batch.select(slice(start, start + 100))
         told = replace(piece, weight=(np.arange(100) < 60).astype(float))
-        assert blocks_of(learner).learn(told, keep=False) is not None
+        assert blocks_of(learner).learn(told.values, told.weight, keep=False) is not None
         reference.update(piece.select(slice(0, 60)))
     assert learner.n_events == reference.n_events == 580
     assert learner.statistics is not None

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stream_em.families.base import Block, Family, FamilyError, Mask, Parts
-from stream_em.numerics import EPSILON, SMALLEST_WEIGHT, Array, cholesky, safe_divide
+from stream_em.numerics import EPSILON, SMALLEST_WEIGHT, Array, cholesky, inverse_of_lower, safe_divide
 from stream_em.schema import Field
 from stream_em.statistics import Moments
 
@@ -74,7 +74,7 @@ class GaussianParameters:
     def precision(self) -> Array:
         """Inverse covariances, (K, D, D) or (D, D)."""
         # By way of the factor, so that they are symmetric and no diagonal is negative, however flat the covariance.
-        inverse = cast(Array, np.linalg.inv(self.factor))
+        inverse = inverse_of_lower(self.factor)
         return cast(Array, np.matmul(inverse.swapaxes(-1, -2), inverse))
 
     @cached_property
