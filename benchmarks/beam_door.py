@@ -228,7 +228,7 @@ def _per_key() -> list[Table]:
         initial = BatchEM(model, schema=schema, seed=0).fit(table(np.arange(2_000)).drop_columns("key"))
         for name, n_keys, options in (
             ("each seeded on its own", N_KEYS // 100, {}),
-            ("all from the components of one model", N_KEYS // 10, {"initial_parameters": initial.parameters}),
+            ("all from the components of one model", N_KEYS, {"initial_parameters": initial.parameters}),
         ):
             keys = generator.permutation(np.repeat(np.arange(n_keys), EVENTS_PER_KEY))
             pq.write_table(table(keys), path, row_group_size=ROWS)

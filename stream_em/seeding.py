@@ -249,8 +249,10 @@ def separating_direction(
     share = (weight / max(float(weight.sum()), 1e-300))[:, None]
     directions = _unit_columns(generator.normal(size=(points.shape[1], n_starts)))
     for _ in range(n_iterations):
-        directions = _unit_columns(points.T @ (share * (points @ directions) ** 3) - 3.0 * directions)
-    kurtosis = (share * (points @ directions) ** 4).sum(axis=0)
+        along = points @ directions
+        # Powers are many times slower than products.
+        directions = _unit_columns(points.T @ (share * along * along * along) - 3.0 * directions)
+    kurtosis = (share * np.square(np.square(points @ directions))).sum(axis=0)
     return directions[:, [int(kurtosis.argmin())]]
 
 
