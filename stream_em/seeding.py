@@ -203,39 +203,52 @@ def seed(
 def points_for_k_means(batch: Batch) -> tuple[Array, Array]:
     """Return points (B, F) for k-means, first standardised, then whitened.
 
-    Counts enter by their square root and durations by their logarithm, which evens out their spread;
-    categories by indicators; a missing value by the mean. Standardised, each coordinate has variance 1;
-    whitened, the pooled covariance is the identity.
+    Categories enter by indicators, a missing value by the mean. Standardised, each coordinate has variance 1; whitened,
+    the pooled covariance is the identity. Before they are whitened, counts enter by their square root and durations by
+    their logarithm, which evens out their spread, but sets the zeros apart, of which low rates have many; standardised,
+    they stay what they are.
     """
+    weight = np.full(batch.n_events, 1.0 / batch.n_events)
+    if batch.weight is not None and batch.total_weight > 0.0:
+        weight = batch.weight / batch.total_weight
+    standardized, evened = (_standardized(_coordinates(batch, even), weight) for even in (False, True))
+    eigenvalues, directions = np.linalg.eigh((evened * weight) @ evened.T)
+    kept = eigenvalues > SMALLEST_EIGENVALUE_SHARE * max(eigenvalues.sum(), 1e-300)
+    if not kept.any():
+        return np.ascontiguousarray(standardized.T), np.zeros((batch.n_events, 1))
+    projected: Array = (directions[:, kept] / np.sqrt(eigenvalues[kept])).T @ evened
+    return np.ascontiguousarray(standardized.T), np.ascontiguousarray(projected.T)
+
+
+def _coordinates(batch: Batch, even: bool) -> Array:
+    """Return what fields are to k-means (F, B), NaN where missing; `even` evens out the spread of amounts."""
     rows: list[Array] = []
     for values, field in zip(batch.values, batch.schema.fields):
         if field.kind == "category":
             rows.extend(np.where(np.isnan(values), np.nan, values == code) for code in range(field.n_codes))
-        elif field.kind == "count":
+        elif field.kind == "count" and even:
             rows.append(np.sqrt(values))
-        elif field.kind == "duration":
+        elif field.kind == "duration" and even:
             rows.append(
                 np.log1p(values / max(float(np.nanmean(values)) if not np.isnan(values).all() else 1.0, 1e-300))
             )
         else:
             rows.append(values)
-    points = np.stack(rows)
-    there = ~np.isnan(points)
-    weight = np.full(batch.n_events, 1.0 / batch.n_events)
-    if batch.weight is not None and batch.total_weight > 0.0:
-        weight = batch.weight / batch.total_weight
+    return np.stack(rows)
+
+
+def _standardized(rows: Array, weight: Array) -> Array:
+    """Return the rows that vary, with mean 0 and variance 1; one row of 0 where none does."""
+    there = ~np.isnan(rows)
     weights = np.where(there, weight, 0.0)
-    mean = safe_divide((weights * np.where(there, points, 0.0)).sum(axis=1), weights.sum(axis=1))
-    centred = np.where(there, points - mean[:, None], 0.0)
+    mean = safe_divide((weights * np.where(there, rows, 0.0)).sum(axis=1), weights.sum(axis=1))
+    centred = np.where(there, rows - mean[:, None], 0.0)
     spread = np.sqrt(centred**2 @ weight)
     varies = spread > 16.0 * np.finfo(np.float64).eps * np.abs(mean)
     if not varies.any():
-        return np.zeros((batch.n_events, 1)), np.zeros((batch.n_events, 1))
-    standardized = centred[varies] / spread[varies, None]
-    eigenvalues, directions = np.linalg.eigh((standardized * weight) @ standardized.T)
-    kept = eigenvalues > SMALLEST_EIGENVALUE_SHARE * eigenvalues.sum()
-    projected: Array = (directions[:, kept] / np.sqrt(eigenvalues[kept])).T @ standardized
-    return np.ascontiguousarray(standardized.T), np.ascontiguousarray(projected.T)
+        return np.zeros((1, rows.shape[1]))
+    standardized: Array = centred[varies] / spread[varies, None]
+    return standardized
 
 
 def separating_direction(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from cases import CASES, NUMERIC, assert_sound, draw_batch
 
-from stream_em import Batch, Field, Gaussian, Mixture, Schema
+from stream_em import Batch, Field, Gaussian, Mixture, Poisson, Schema
 from stream_em.seeding import Reservoir, concatenate, k_means_responsibilities, points_for_k_means, seed
 
 
@@ -78,6 +78,16 @@ def test_whitening_makes_the_covariance_the_identity(offset: float, scale: float
     standardized, whitened = points_for_k_means(Batch(values, NUMERIC))
     np.testing.assert_allclose(whitened.T @ whitened / 500, np.eye(3), atol=1e-6)
     np.testing.assert_allclose(standardized.T @ standardized / 500, np.corrcoef(values), atol=1e-6)
+
+
+def test_low_rates_are_told_apart_though_many_of_their_counts_are_zero() -> None:
+    """Square roots set the zeros apart, and from a component of nothing but zeros EM takes hundreds of iterations."""
+    generator = np.random.default_rng(4)
+    rates = np.array([1.0, 5.0, 12.0])[generator.choice(3, size=5_000, p=[0.8, 0.1, 0.1])]
+    batch = Schema({"n": "count"}).encode(generator.poisson(rates)[:, None])
+    for number in range(5):
+        start = seed(Mixture(Poisson(), 3), batch, np.random.default_rng(number))
+        np.testing.assert_allclose(np.sort(start.components.mean.ravel()), [1.0, 5.0, 12.0], rtol=0.3)
 
 
 def test_whitening_leaves_out_what_does_not_vary() -> None:
