@@ -641,6 +641,27 @@ class Schema:
                 errors.setdefault(index, EventError(index, one.name, float(row[index]), EXPECTED[one.kind]))
         return complete
 
+    def check(self, batch: Batch) -> None:
+        """Check a block of this schema that `encode` did not make.
+
+        Raises
+        ------
+        EventError
+            For the first event that `encode` would have refused.
+
+        """
+        errors: dict[int, EventError] = {}
+        self._check_values(batch.values, errors)
+        for row, one in zip(batch.values, self.fields):
+            if one.kind == "category":
+                codes = np.isnan(row) | np.isin(row, np.arange(one.n_codes))
+                for index in np.flatnonzero(~codes).tolist():
+                    errors.setdefault(index, EventError(index, one.name, float(row[index]), "the code of a category"))
+        _check_weight(batch.weight, batch.n_events, errors)
+        _check_time(batch.time, batch.n_events, errors)
+        if errors:
+            raise errors[min(errors)]
+
     def decode(self, values: Array) -> pa.Table:
         """Return a feature-major block (D, B) as a table of events.
 

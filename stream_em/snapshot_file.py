@@ -7,6 +7,7 @@ may share their bytes, each to be copied. What is read here is refused unless it
 from __future__ import annotations
 
 import struct
+from itertools import islice
 
 import pyarrow as pa
 
@@ -49,8 +50,7 @@ def read_rows(content: bytes) -> pa.RecordBatch:
         schema = reader.schema
         if reader.num_record_batches != 1 or not schema.equals(ROWS):
             raise ValueError("an Arrow file of another kind")
-    messages = pa.ipc.MessageReader.open_stream(buffer.slice(MAGIC_SIZE))
-    head, body = messages.read_next_message(), messages.read_next_message()
+    head, body = islice(pa.ipc.MessageReader.open_stream(buffer.slice(MAGIC_SIZE)), 2)
     if (head.type, body.type) != ("schema", "record batch"):
         raise ValueError(f"expected a schema and a record batch, got a {head.type} and a {body.type}")
     if not pa.ipc.read_schema(head).equals(schema, check_metadata=True):
@@ -68,7 +68,8 @@ def _is_compressed(message: bytes) -> bool:
     """Whether a record batch names a compression, by its metadata, a flatbuffer that Arrow has verified."""
     (root,) = struct.unpack_from("<I", message)
     header = _place(message, root, HEADER_OF_MESSAGE)
-    assert header is not None
+    if header is None:
+        raise ValueError("its record batch says nothing of itself")
     (offset,) = struct.unpack_from("<I", message, header)
     return _place(message, header + offset, COMPRESSION_OF_RECORD_BATCH) is not None
 

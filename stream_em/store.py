@@ -28,6 +28,7 @@ from stream_em.families.gaussian import pooled_moments
 from stream_em.learners import BatchEM, BatchRun, OnlineEM, _Average
 from stream_em.methods import FIEM, Incremental, Method, VarianceReduced
 from stream_em.models import Mixture, MixtureParameters
+from stream_em.numerics import LARGEST_VALUE, SMALLEST_WEIGHT
 from stream_em.schedules import Constant, HalfLife, Harmonic, RobbinsMonro, Schedule
 from stream_em.schema import Batch, Field, Schema
 from stream_em.seeding import concatenate
@@ -48,6 +49,9 @@ METHODS: dict[str, type[Method]] = {"incremental": Incremental, "variance_reduce
 
 # Eigenvalues of a scatter, in units of the spread of all the events, down to minus this may be rounding.
 ROUNDING_OF_SCATTERS = 1e-9
+
+# Events have values and weights up to 1e100 (`LARGEST_VALUE`); rounding may take means a little beyond.
+LARGEST_MEAN, LARGEST_STATISTICS = 2.0 * LARGEST_VALUE, LARGEST_VALUE**3
 
 # Headers up to this size take little memory whatever they hold; longer ones hold no more lists and objects than one in
 # so many bytes.
@@ -164,7 +168,9 @@ def from_bytes(content: bytes, *, source: str = "snapshot") -> Learner:
     """
     header, arrays = _read(content, source)
     try:
-        return _learner_of(header, arrays)
+        # Numbers beyond all bounds overflow here, and are refused for what comes of it.
+        with np.errstate(over="ignore", invalid="ignore"):
+            return _learner_of(header, arrays)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, ArithmeticError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise SnapshotError(f"{source}: the snapshot is inconsistent: {reason}") from error
@@ -410,6 +416,8 @@ def _learner_of(header: dict[str, Any], arrays: Arrays) -> Learner:
         n_reported, n_running = (_whole(count) for count in options.pop("n_averaged"))
         schedule = dict(options.pop("schedule"))
         learner = OnlineEM(model, schedule=SCHEDULES[schedule.pop("kind")](**schedule), schema=schema, **options)
+        if not isinstance(options["averaging"], bool):
+            raise ValueError(f"averaging must be true or false, got {options['averaging']!r}")
         if total_weight < 0.0:
             raise ValueError(f"the total weight must be >= 0, got {total_weight}")
         iterate = learner._parameters = _parameters_of(learner, arrays, "iterate")
@@ -423,12 +431,10 @@ def _learner_of(header: dict[str, Any], arrays: Arrays) -> Learner:
         )
         if learner.window is not None:
             learner._window = _window_of(learner, iterate, header["blocks"], arrays)
-        learner._average = _Average(
-            _parameters_of(learner, arrays, "reported"),
-            n_reported,
-            _parameters_of(learner, arrays, "running"),
-            n_running,
-        )
+        reported, running = (_parameters_of(learner, arrays, name) for name in ("reported", "running"))
+        if any((count > 0) != (one is not None) for count, one in ((n_reported, reported), (n_running, running))):
+            raise ValueError("the averages and the numbers of parameters that they are of do not fit together")
+        learner._average = _Average(reported, n_reported, running, n_running)
         if learner.averaging and learner._average.reported is not None:
             learner._parameters = learner._average.reported
         if "buffer/values" in arrays and schema is not None:
@@ -457,14 +463,23 @@ def _parameters_of(learner: Learner, arrays: Arrays, name: str) -> MixtureParame
         {key[len(prefix) :]: array for key, array in arrays.items() if key.startswith(prefix)}
     )
     shape = (n_components, len(learner._known_schema()))
-    if any(moment.shape != shape for moment in family.moments(components)):
+    mean, variance = family.moments(components)
+    if mean.shape != shape or variance.shape != shape:
         raise ValueError(f"the parameters of {name} are not those of {n_components} components of the schema's fields")
+    if not ((np.abs(mean) <= LARGEST_MEAN).all() and (variance <= 2.0 * LARGEST_MEAN**2).all()):
+        raise ValueError(f"the parameters of {name} are beyond those of any events")
     return MixtureParameters(weights, components, component_ids)
 
 
 def _component_ids(array: npt.NDArray[Any], n_components: int) -> npt.NDArray[np.int64]:
     if array.dtype != np.int64 or array.shape != (n_components,) or len(np.unique(array)) != n_components:
         raise ValueError(f"component ids must be {n_components} different whole numbers")
+    return array
+
+
+def _ids_of_statistics(array: npt.NDArray[Any], parameters: MixtureParameters) -> npt.NDArray[np.int64]:
+    if not np.array_equal(np.sort(_component_ids(array, parameters.n_components)), np.sort(parameters.component_ids)):
+        raise ValueError("the statistics and the parameters are of components with different ids")
     return array
 
 
@@ -491,49 +506,69 @@ def _statistics_of(
                 raise ValueError(f"the statistics {name!r} have shape {found[key].shape}, expected {expected}")
             if not np.isfinite(found[key]).all():
                 raise ValueError(f"the statistics {name!r} are not finite")
+            if np.abs(found[key]).max(initial=0.0) > LARGEST_STATISTICS:
+                raise ValueError(f"the statistics {name!r} are beyond those of any events")
         parts[name] = type(template)(**found)
         separate = "weight" in found and found["weight"].ndim == 2
         never_negative = {"values", "weight", "scatter"} if separate else {"values", "weight"}
         if any((array < 0.0).any() for key, array in found.items() if key in never_negative):
             raise ValueError(f"the statistics {name!r} hold negative weights or sums")
-        made = parts[name]
-        if isinstance(made, Moments) and not separate and _has_negative_directions(made):
-            raise ValueError(f"the statistics {name!r} hold a scatter with negative directions")
+        part = parts[name]
+        if isinstance(part, Moments):
+            _check_moments(name, part)
     time, half_life = scalars["time"], scalars["half_life"]
-    return Statistics(
+    expected_half_life = learner.schedule.half_life if isinstance(learner, OnlineEM) else None
+    if half_life != expected_half_life or (half_life is None and time is not None):
+        raise ValueError(
+            f"the statistics have the half-life {half_life!r} and the time {time!r}, the schedule other ones"
+        )
+    statistics = Statistics(
         parts,
         _finite(scalars["log_likelihood"]),
-        _component_ids(arrays[f"{at}/component_ids"], n_components),
-        None if half_life is None else _finite(half_life),
+        _ids_of_statistics(arrays[f"{at}/component_ids"], parameters),
+        expected_half_life,
         None if time is None else _finite(time),
     )
+    # What the M-step makes of them must be parameters that would be read.
+    family, made = learner._bound_model().family, learner._bound_model().m_step(statistics)
+    family.from_arrays(family.arrays(made.components))
+    return statistics
 
 
-def _has_negative_directions(moments: Moments) -> bool:
-    """Whether a scatter is that of no events, beyond what rounding makes of one.
+def _check_moments(name: str, moments: Moments) -> None:
+    """Check that moments are those of some events, up to rounding.
 
     Rounding is that of squares as large as the spread of all the events, so a component that holds next to nothing of
     them may have nothing but rounding for a scatter.
     """
+    scatter, weight = moments.scatter, moments.weight
+    of_fields = weight if moments.is_separate else weight[:, None]
+    squares, held = of_fields * moments.mean**2, np.broadcast_to(of_fields, moments.mean.shape)
+    if not moments.is_separate:
+        scatter = np.diagonal(scatter, axis1=-2, axis2=-1)
+    if moments.is_tied:
+        squares, held = np.add.reduce(squares), np.add.reduce(held)
+    # Of means and of mean squares, merging makes averages, so what is within these bounds stays within them.
+    bounded = scatter + squares <= np.maximum(held, SMALLEST_WEIGHT) * LARGEST_MEAN**2
+    if not (bounded.all() and (np.abs(moments.mean) <= LARGEST_MEAN).all()):
+        raise ValueError(f"the statistics {name!r} are beyond those of any events")
+    if moments.is_separate:
+        return
     mean, variance = pooled_moments(moments)
     deviation = moments.mean - mean
     extent = moments.weight * np.add.reduce(variance + deviation * deviation, axis=1)
-    eigenvalues = np.linalg.eigvalsh(moments.scatter)
     if moments.is_tied:
         extent = np.add.reduce(extent)
-    allowed = 1e-6 * np.maximum.reduce(np.abs(eigenvalues), axis=-1) + ROUNDING_OF_SCATTERS * extent
-    return bool((np.minimum.reduce(eigenvalues, axis=-1) < -allowed).any())
+    eigenvalues = np.linalg.eigvalsh(moments.scatter)
+    largest = np.maximum.reduce(np.abs(eigenvalues), axis=-1)
+    if not (np.minimum.reduce(eigenvalues, axis=-1) >= -1e-6 * largest - ROUNDING_OF_SCATTERS * extent).all():
+        raise ValueError(f"the statistics {name!r} hold a scatter with negative directions")
 
 
 def _buffer_of(schema: Schema, arrays: Arrays) -> Batch:
     values = arrays["buffer/values"]
-    if values.ndim != 2 or len(values) != len(schema) or np.isinf(values).any():
+    if values.ndim != 2 or len(values) != len(schema):
         raise ValueError("the events kept aside for the warm-up do not fit the schema")
-    for row, one in zip(values, schema.fields):
-        if one.kind == "category" and not np.isin(row[~np.isnan(row)], np.arange(one.n_codes)).all():
-            raise ValueError(f"the field {one.name!r} of the events kept aside has unknown codes")
-    weight, time = arrays.get("buffer/weight"), arrays.get("buffer/time")
-    for name, column in (("weight", weight), ("time", time)):
-        if column is not None and (column.shape != values.shape[1:] or not np.isfinite(column).all()):
-            raise ValueError(f"the {name} of the events kept aside does not fit")
-    return Batch(values, schema, weight, time)
+    buffer = Batch(values, schema, arrays.get("buffer/weight"), arrays.get("buffer/time"))
+    schema.check(buffer)
+    return buffer

@@ -11,7 +11,15 @@ import numpy as np
 import numpy.typing as npt
 
 from stream_em.families.base import Block, Family, FamilyError, Mask, Parts
-from stream_em.numerics import EPSILON, SMALLEST_WEIGHT, Array, cholesky, inverse_of_lower, safe_divide
+from stream_em.numerics import (
+    EPSILON,
+    LARGEST_VALUE,
+    SMALLEST_WEIGHT,
+    Array,
+    cholesky,
+    inverse_of_lower,
+    safe_divide,
+)
 from stream_em.schema import Field
 from stream_em.statistics import Moments
 
@@ -410,7 +418,7 @@ class Gaussian(Family):
         "full": each component its own covariance; "tied": one covariance for all; "diag": each component
         its own variances; "spherical": each component one variance.
     reg_covar
-        Added to each variance in every M-step, in squared units of the fields, finite and >= 0: what
+        Added to each variance in every M-step, in squared units of the fields, from 0 to 1e200: what
         scikit-learn means by it. A prior, which knows the scale of each field, is the better way.
 
     Raises
@@ -443,8 +451,8 @@ class Gaussian(Family):
             raise FamilyError(
                 f"covariance_type={self.covariance_type!r}, expected one of {', '.join(COVARIANCE_TYPES)}"
             )
-        if not 0.0 <= self.reg_covar < np.inf:
-            raise FamilyError(f"reg_covar must be a finite variance >= 0, got {self.reg_covar!r}")
+        if not 0.0 <= self.reg_covar <= LARGEST_VALUE**2:
+            raise FamilyError(f"reg_covar must be a variance from 0 to {LARGEST_VALUE**2:g}, got {self.reg_covar!r}")
 
     @property
     def _is_joint(self) -> bool:

@@ -29,6 +29,9 @@ NOTHING = np.empty(0, dtype=np.intp)
 NEAR_FEATURES, MOST_FEATURES = 2**16, 2**20
 USUAL_BLOCK, LARGEST_BLOCK = 1024, 8192
 
+# Each pass about better centers gains sixteen digits: enough to come from the largest values back to the smallest.
+MOST_PASSES = 8
+
 
 @dataclass(frozen=True, eq=False)
 class MixtureParameters:
@@ -459,9 +462,12 @@ class _Expectation:
         if not collect:
             return _Collected(log_likelihood, sums[:, -1], {})
         parts, better = self.block.collect(sums[:, :-1], sums[:, -1], self.centers)
-        if better is not None:
-            _, sums = self._pass(given, None, better)
-            parts, _ = self.block.collect(sums[:, :-1], sums[:, -1], better)
+        for _ in range(MOST_PASSES):
+            if better is None:
+                break
+            centers = better
+            _, sums = self._pass(given, None, centers)
+            parts, better = self.block.collect(sums[:, :-1], sums[:, -1], centers)
         return _Collected(log_likelihood, sums[:, -1], parts)
 
     def _pass(self, given: Array | None, into: Posterior | None, centers: Array | None) -> tuple[float, Array]:
