@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
+from stream_em.clock import Clock
 from stream_em.describe import ComponentDescription, describe
 from stream_em.families.base import FamilyError
 from stream_em.methods import Iteration as Iteration
@@ -394,6 +395,7 @@ class OnlineEM(FittedMixture):
         if window is not None:
             _check_room(window, batch_size, self.warm_up)
         self._window = Window()
+        self._clock = Clock()
         self._structure = StructureState()
         self._truncation = TruncationState()
         self.ignored_fields: Counter[str] = Counter()
@@ -470,6 +472,11 @@ class OnlineEM(FittedMixture):
     def statistics(self) -> Statistics | None:
         """The discounted expected sufficient statistics, or None during the warm-up."""
         return self._state.statistics
+
+    @property
+    def n_ahead(self) -> int:
+        """Events dated so far ahead that `HalfLife` with `max_ahead` did not believe it."""
+        return self._clock.n_ahead
 
     @property
     def structure_changes(self) -> StructureChanges:
@@ -746,6 +753,7 @@ class OnlineEM(FittedMixture):
         """E-step on a piece, its statistics expressed at its newest event time under `HalfLife`."""
         half_life, newest = self.schedule.half_life, None
         if half_life is not None:
+            piece = self._dated(piece)
             assert piece.time is not None
             told = piece.time if piece.weight is None else piece.time[piece.weight > 0.0]
             newest = float(np.max(told)) if len(told) else None
@@ -763,6 +771,17 @@ class OnlineEM(FittedMixture):
     def _memory(self) -> float:
         """Events that a learner remembers, as far as the schedule bounds them."""
         return self.batch_size / self.schedule.value if isinstance(self.schedule, Constant) else math.inf
+
+    def _dated(self, piece: Batch) -> Batch:
+        """Return a piece with its times as far as they are believed."""
+        schedule, statistics = self.schedule, self._state.statistics
+        assert piece.time is not None
+        told = piece.time if piece.weight is None else piece.time[piece.weight > 0.0]
+        if not isinstance(schedule, HalfLife) or schedule.max_ahead is None or not len(told):
+            return piece
+        newest = None if statistics is None else statistics.time
+        self._clock, latest = self._clock.read(told, newest, schedule.max_ahead)
+        return replace(piece, time=np.minimum(piece.time, latest))
 
     def _windowed(self, new: Statistics, n_events: int) -> Statistics:
         """Return what the window comes to with new statistics; without a window, these alone."""
@@ -979,6 +998,7 @@ class OnlineEM(FittedMixture):
         merged.ignored_fields = self.ignored_fields + other.ignored_fields
         merged.origin = self.origin
         merged._unseen = tuple(position for position in self._unseen if position in other._unseen)
+        merged._clock = Clock(n_ahead=self.n_ahead + other.n_ahead)
         merged._structure = self._structure.merge(other._structure)
         merged._truncation = self._truncation.merge(other._truncation)
         first, second = self._state, other._state

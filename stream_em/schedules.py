@@ -149,11 +149,17 @@ class HalfLife:
     ----------
     half_life
         In the units of `time` (seconds when `time` is a timestamp), finite and > 0.
+    max_ahead
+        How far ahead of the newest event before it, in the units of `time`, an event's date is believed, > 0; None to
+        believe every date. With one date far in the future everything before it, and everything after it with a right
+        date, would fade to nothing. With a bound such an event is learned as one of the newest, and counted in
+        `OnlineEM.n_ahead`, unless the events dated ahead come to outnumber the others by a hundred, as they do after
+        a pause of the stream. Then they are believed.
 
     Raises
     ------
     ValueError
-        When `half_life` is out of range.
+        When `half_life` or `max_ahead` is out of range.
 
     >>> HalfLife(3600.0).half_life
     3600.0
@@ -161,12 +167,18 @@ class HalfLife:
     """
 
     half_life: float
+    max_ahead: float | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.half_life) and self.half_life > 0.0):
             raise ValueError(
                 f"half_life must be a finite number > 0 in the units of event time, got {self.half_life!r}: the weight "
                 "2^(-age / half_life) must fall with an event's age, neither at once nor never (that is Harmonic)"
+            )
+        if self.max_ahead is not None and not (math.isfinite(self.max_ahead) and self.max_ahead > 0.0):
+            raise ValueError(
+                f"max_ahead must be a finite number > 0 in the units of event time, or None, got {self.max_ahead!r}: "
+                "with 0 no time would ever move on"
             )
 
     def retention(self, step: float, total_weight: float, batch_weight: float, state_weight: float) -> float:

@@ -6,6 +6,7 @@ the metadata of its Arrow schema, with a digest of both. Any Arrow reader opens 
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
@@ -23,6 +24,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from stream_em.arrays import Arrays, each_row, from_rows, to_rows
+from stream_em.clock import Clock
 from stream_em.families import family_from_specification, specification_of_family
 from stream_em.families.gaussian import pooled_moments
 from stream_em.learners import BatchEM, BatchRun, OnlineEM, _Average
@@ -92,7 +94,7 @@ def save(learner: Learner, path: str | os.PathLike[str], *, metadata: Mapping[st
     # What a link points to is replaced, not the link.
     target = Path(path).resolve()
     content = to_bytes(learner, metadata=metadata)
-    temporary = target.with_name(f".{secrets.token_hex(8)}.pending")
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.pending")
     try:
         with temporary.open("xb") as file:
             file.write(content)
@@ -109,6 +111,13 @@ def save(learner: Learner, path: str | os.PathLike[str], *, metadata: Mapping[st
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def remove_leftovers(path: str | os.PathLike[str]) -> None:
+    """Remove the temporary files of those who were killed while they saved to a file; nobody may be saving to it now."""
+    target = Path(path).resolve()
+    for temporary in target.parent.glob(f".{glob.escape(target.name)}.*.pending"):
+        temporary.unlink()
 
 
 def load(path: str | os.PathLike[str]) -> Learner:
@@ -275,6 +284,7 @@ def _state_of(learner: Learner) -> tuple[dict[str, Any], Arrays]:
         "total_weight": learner._state.total_weight,
         "n_updates": learner._state.n_updates,
         "unseen": list(learner._unseen),
+        "clock": None if learner._clock == Clock() else vars(learner._clock),
         "n_averaged": [learner._average.n_reported, learner._average.n_running],
     }
     if learner.window is not None:
@@ -347,6 +357,18 @@ def _specification_of(what: str, setting: Schedule | Method, kinds: Mapping[str,
     raise SnapshotError(f"a {what} of type {type(setting).__name__} cannot be saved; use one of {', '.join(kinds)}")
 
 
+def _clock_of(specification: Mapping[str, Any]) -> Clock:
+    votes, ahead = _whole(specification["votes"]), specification["ahead"]
+    if (votes > 0) != (ahead is not None):
+        raise ValueError("the events dated ahead and their dates do not fit together")
+    if ahead is not None:
+        earliest, last = map(_finite, ahead)
+        if earliest > last:
+            raise ValueError(f"the last of the dates ahead is before the first: {ahead}")
+        ahead = earliest, last
+    return Clock(votes, ahead, _whole(specification["n_ahead"]))
+
+
 def _specification_of_schema(schema: Schema) -> dict[str, Any]:
     fields = [
         {
@@ -413,6 +435,8 @@ def _learner_of(header: dict[str, Any], arrays: Arrays) -> Learner:
         unseen = tuple(_whole(position) for position in options.pop("unseen"))
         if unseen and (schema is None or max(unseen) >= len(schema)):
             raise ValueError(f"fields without a value are at positions {unseen}, which do not exist")
+        # Snapshots of earlier versions, which believed every date, have no clock.
+        clock = options.pop("clock", None)
         n_reported, n_running = (_whole(count) for count in options.pop("n_averaged"))
         schedule = dict(options.pop("schedule"))
         learner = OnlineEM(model, schedule=SCHEDULES[schedule.pop("kind")](**schedule), schema=schema, **options)
@@ -422,6 +446,8 @@ def _learner_of(header: dict[str, Any], arrays: Arrays) -> Learner:
             raise ValueError(f"the total weight must be >= 0, got {total_weight}")
         iterate = learner._parameters = _parameters_of(learner, arrays, "iterate")
         learner._unseen = unseen
+        if clock is not None:
+            learner._clock = _clock_of(clock)
         learner._state = State(
             None if header["statistics"] is None else _statistics_of(learner, iterate, header["statistics"], arrays),
             iterate,
