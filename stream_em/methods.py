@@ -287,7 +287,7 @@ class FIEM(Method):
     """Fast incremental EM, Karimi, Wai, Moulines & Lavielle (2019) and Fort, Moulines & Wai (2021).
 
     The first iteration is one of batch EM, whose statistics of each block are the first memory. Each step from then
-    on renews the memory of one random block, and moves the statistics along another random block's, corrected by
+    on renews the memory of one block, and moves the statistics along another, random block's, corrected by
     that block's memory. An epoch costs three E-steps for each event, one of them over all at once for the objective;
     memory holds one statistics for each block, and a second one at the beginning of each epoch.
 
@@ -304,6 +304,12 @@ class FIEM(Method):
     ------
     ValueError
         When a number is out of range.
+
+    Notes
+    -----
+    The papers draw the block to be renewed independently of earlier ones, so that by chance some memories stay old for
+    many epochs, and these decide how far the estimates get. Here each epoch renews all the blocks in a random order, at
+    the same cost. The expected step is the same: only the block that it is taken along must be drawn independently.
 
     References
     ----------
@@ -349,7 +355,8 @@ class FIEM(Method):
             total = _sums_from_the_end(memory)[0]
             now = _expected_of_all(bound, parameters, held, n_threads)
             objective, halvings = _objective(bound, parameters, now, prior), 0
-            for renewed, taken in generator.integers(n_blocks, size=(n_blocks, 2)).tolist():
+            order = zip(generator.permutation(n_blocks).tolist(), generator.integers(n_blocks, size=n_blocks).tolist())
+            for renewed, taken in order:
                 old, memory[renewed] = memory[renewed], bound.e_step(parameters, blocks[renewed])
                 replaced = linear_combination([(1.0, total), (-1.0, old), (1.0, memory[renewed])])
                 # The sum over the memory is one of events: that it seems not to be can be rounding alone.
