@@ -86,7 +86,7 @@ class Broker(Cluster):
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self._folder = folder
-        port, controller = _free_ports(2)
+        port, controller = free_ports(2)
         self.servers = f"127.0.0.1:{port}"
         self._settings = folder / "server.properties"
         self._settings.write_text(
@@ -158,7 +158,7 @@ def _delivered(error, message) -> None:
         raise KafkaException(error)
 
 
-def _free_ports(n: int) -> list[int]:
+def free_ports(n: int) -> list[int]:
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
     ports = [held.getsockname()[1] for held in sockets]
     for held in sockets:

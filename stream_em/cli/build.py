@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from stream_em import BatchEM, Gaussian, Mixture, OnlineEM, Product, Schema
-from stream_em.cli.config import Config, ConfigError, ModelSection, SourceSection
+from stream_em.cli.config import Config, ConfigError, KafkaSourceSection, ModelSection, SourceSection
+from stream_em.columns import Roles
 from stream_em.families import BY_NAME, NAMES
 from stream_em.families.base import Family
 from stream_em.families.gaussian import CovarianceType
+from stream_em.kafka import TopicReader
 from stream_em.schema import Field
 from stream_em.sources import Rows, Source, open_source
 
 
 def make_source(section: SourceSection, **known: Any) -> Source:
     """Return the source that a configuration describes; `known` are further arguments of `open_source`."""
+    if section.kafka is not None:
+        return _make_kafka_source(section, section.kafka, only=known.get("only"))
     return open_source(
         section.path,
         river=section.river,
@@ -28,6 +33,23 @@ def make_source(section: SourceSection, **known: Any) -> Source:
         limit=section.limit,
         **known,
     )
+
+
+def _make_kafka_source(section: SourceSection, topic: KafkaSourceSection, only: Sequence[str] | None) -> Source:
+    try:
+        reader = TopicReader(
+            topic.config,
+            topic.topic,
+            start=topic.start,
+            to_end=topic.until == "end",
+            max_wait=topic.max_wait,
+            timestamp_field=topic.timestamp_field,
+        )
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"source.kafka: {error}") from error
+    apart = tuple(section.exclude)
+    roles = Roles(section.label, section.time, section.weight, apart, None if only is None else tuple(only))
+    return Source(reader, roles, section.limit)
 
 
 def chunk_rows(source: Source, batch_size: int) -> int:

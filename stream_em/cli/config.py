@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from stream_em.kafka import check_config as check_kafka_config
 from stream_em.schedules import Constant, HalfLife, Harmonic, RobbinsMonro, Schedule
 from stream_em.schema import Kind
 from stream_em.sources import STANDARD_INPUT
@@ -36,6 +37,41 @@ class Section(BaseModel):
     )
 
 
+class KafkaSection(Section):
+    """A Kafka topic."""
+
+    bootstrap_servers: Annotated[str, Field(exclude=True)]
+    """Addresses of some of its brokers, host:port, with commas between."""
+    topic: str
+    """Its name."""
+    settings: Annotated[dict[str, str | int | float | bool], Field(exclude=True)] = {}
+    """Further settings of librdkafka, such as `security.protocol`."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Settings of librdkafka."""
+        return {"bootstrap.servers": self.bootstrap_servers, **self.settings}
+
+    @field_validator("settings")
+    @classmethod
+    def _allowed(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        check_kafka_config({"bootstrap.servers": "", **settings})
+        return settings
+
+
+class KafkaSourceSection(KafkaSection):
+    """A Kafka topic to read."""
+
+    start: Literal["earliest", "latest"] = "earliest"
+    """Where to begin; a run that goes on does so after what it has learned."""
+    until: Literal["end"] | None = None
+    """`end`: stop at what is last in the topic when the job starts; left out, go on for ever."""
+    max_wait: Annotated[float, Field(gt=0.0)] = 1.0
+    """Seconds that an event waits at most for its batch to fill, in a topic that is read for ever."""
+    timestamp_field: str | None = None
+    """Field that the timestamp of each message is put into, in seconds since 1970."""
+
+
 class SourceSection(Section):
     """Where the events come from."""
 
@@ -43,6 +79,8 @@ class SourceSection(Section):
     """File, folder, glob pattern, a list of them, or `-` for standard input."""
     river: str | None = None
     """Name of a data set in `river.datasets`, instead of a path."""
+    kafka: KafkaSourceSection | None = None
+    """Topic of JSON objects, instead of a path."""
     format: Literal["auto", "parquet", "csv", "jsonl"] = "auto"
     """Format of the files; `auto` goes by their names."""
     label: str | None = None
@@ -62,8 +100,11 @@ class SourceSection(Section):
 
     @model_validator(mode="after")
     def _one_origin(self) -> SourceSection:
-        if (self.path is None) == (self.river is None):
-            raise ValueError("expected exactly one of 'path' and 'river'")
+        if sum(origin is not None for origin in (self.path, self.river, self.kafka)) != 1:
+            raise ValueError("expected exactly one of 'path', 'river' and 'kafka'")
+        field = None if self.kafka is None else self.kafka.timestamp_field
+        if field is not None and field not in (self.time, *self.exclude):
+            raise ValueError(f"kafka.timestamp_field: name {field!r} in source.time or source.exclude, too")
         return self
 
 
@@ -144,6 +185,12 @@ class HalfLifeSection(_ScheduleSection):
     kind: Literal["half_life"]
     half_life: float
     """In the units of `source.time`: seconds for timestamps."""
+    max_ahead: Annotated[float, Field(gt=0.0)] | None = None
+    """How far ahead of the newest event before it a date is believed, in the same units; left out, 30 half-lives."""
+
+    def make(self) -> Schedule:
+        """Return the schedule, which does not believe a date so far ahead that the past would be as good as gone."""
+        return HalfLife(self.half_life, 30.0 * self.half_life if self.max_ahead is None else self.max_ahead)
 
 
 ScheduleSection = Annotated[
@@ -184,6 +231,8 @@ class OutputSection(Section):
     """Folder for everything below."""
     scored_events: str | None = "scored.parquet"
     """File of scored events, or null for none."""
+    kafka: KafkaSection | None = None
+    """Topic that `run` sends each scored event to, as JSON."""
     snapshot: str | None = "model.arrow"
     """File of the learned model, or null for none."""
     picture: str | None = "picture.png"
@@ -198,6 +247,8 @@ class OutputSection(Section):
     """Whether an event that cannot be used is set aside or ends the run."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 1_000_000
     """`run` writes its snapshot after about so many events; killed, it goes on from there."""
+    checkpoint_seconds: Annotated[float, Field(gt=0.0)] | None = None
+    """`run` writes its snapshot also when so many seconds have passed since the last, for streams that are slow."""
     roll_events: Annotated[int, Field(ge=1)] | None = None
     """`run` begins a new file of scored events at the first snapshot after so many; left out, there is one file."""
 
@@ -502,7 +553,13 @@ def describe_keys() -> list[tuple[str, str]]:
             for key, inner in section.model_fields.items():
                 nested = _models(inner.annotation)
                 text = " ".join((inner.description or "").split())
-                if nested:
+                if nested and "kind" not in nested[0].model_fields:
+                    described.append((f"{prefix}.{key}", text))
+                    described.extend(
+                        (f"{prefix}.{key}.{option}", f"{more.description}{_default(more)}")
+                        for option, more in nested[0].model_fields.items()
+                    )
+                elif nested:
                     kinds = [get_args(one.model_fields["kind"].annotation)[0] for one in nested]
                     described.append((f"{prefix}.{key}", f"{text} One of {', '.join(kinds)}."))
                     for kind, one in zip(kinds, nested, strict=True):

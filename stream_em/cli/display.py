@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable
 from types import TracebackType
@@ -14,6 +15,7 @@ from rich.text import Text
 
 from stream_em import BatchEM, OnlineEM
 
+_log = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LINES = 5.0
 _SECONDS_BETWEEN_FRAMES = 0.1
 
@@ -51,6 +53,7 @@ class Progress:
         """Show the number of events, their rate, and other facts by name."""
         self._shown = time.perf_counter()
         rate = (n_events - self._n_before) / max(self.seconds, 1e-9)
+        _log.info("progress", extra={"fields": {"n_events": n_events, "events_per_second": round(rate), **facts}})
         parts = [f"{n_events:,} events", f"{rate:,.0f} events/s"]
         parts.extend(f"{name.replace('_', ' ')} {value}" for name, value in facts.items())
         line = " · ".join(parts)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -34,6 +37,7 @@ from stream_em import (
 from stream_em.cli import jobs
 from stream_em.cli.common import DataError, draw_learner, load_learner
 from stream_em.cli.display import component_table, facts_table, say
+from stream_em.cli.monitoring import Monitor, json_log, served
 from stream_em.cli.outputs import OutputError
 from stream_em.cli.run import run as run_job
 from stream_em.sources import SourceError, same_file
@@ -53,6 +57,9 @@ _DATA_ERRORS = (
     DataError,
     OutputError,
 )
+_EXPLAINED = (ConfigError, FamilyError, *_DATA_ERRORS, OSError, KeyboardInterrupt)
+
+_log = logging.getLogger(__name__)
 
 
 def _epilog(*examples: tuple[str, str], keys: bool = False) -> str:
@@ -78,6 +85,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+class LogFormat(StrEnum):
+    """What a job tells on its way."""
+
+    text = "text"
+    json = "json"
+
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file that describes the job.")]
 Overrides = Annotated[
@@ -110,6 +125,10 @@ SnapshotFile = Annotated[
             "stream-em run job.yaml source.time=ts 'learner.schedule={kind: half_life, half_life: 3600}'",
         ),
         ("Stop at the first bad event", "stream-em run job.yaml output.on_error=raise"),
+        (
+            "Watched by Prometheus",
+            "stream-em run kafka.yaml --metrics-port 9464 --stall-after 300 --log-format json",
+        ),
         keys=True,
     )
 )
@@ -119,6 +138,32 @@ def run(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start anew, and give up what an unfinished run of this folder has done.")
     ] = False,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            "--metrics-port",
+            min=0,
+            max=65_535,
+            help="Serve /metrics for Prometheus and /healthz at this port.",
+            show_default=False,
+        ),
+    ] = None,
+    metrics_host: Annotated[
+        str, typer.Option("--metrics-host", help="Address to serve them at; 0.0.0.0 lets other machines see them.")
+    ] = "127.0.0.1",
+    stall_after: Annotated[
+        float | None,
+        typer.Option(
+            "--stall-after",
+            min=0.0,
+            metavar="SECONDS",
+            help="/healthz answers 503 when nothing was learned for so long.",
+            show_default=False,
+        ),
+    ] = None,
+    log_format: Annotated[
+        LogFormat, typer.Option("--log-format", help="json: one object a line on standard error, and nothing else.")
+    ] = LogFormat.text,
 ) -> None:
     """Score each batch of events, then learn from it (online EM).
 
@@ -126,7 +171,17 @@ def run(
     Ctrl-C or SIGTERM finish the batch in hand and write everything. A run that was stopped, or killed at any moment,
     goes on where it was when the same command is started again.
     """
-    run_job(load_config(config, overrides or []), Console(), read=[config], fresh=fresh)
+    monitor = Monitor(stall_after)
+    with ExitStack() as stack:
+        console = Console()
+        if log_format is LogFormat.json:
+            console = Console(quiet=True, force_terminal=False)
+            stack.enter_context(json_log(sys.stderr))
+            stack.enter_context(_failure_logged())
+        job = load_config(config, overrides or [])
+        if metrics_port is not None:
+            stack.enter_context(served(monitor, metrics_host, metrics_port))
+        run_job(job, console, read=[config], fresh=fresh, observer=monitor)
 
 
 @app.command(
@@ -323,9 +378,9 @@ def _chosen(output: Path) -> list[str]:
     return [f"output.folder='{folder}'", f"output.scored_events='{name}'"]
 
 
-def _fail(message: object, code: int) -> NoReturn:
+def _fail(message: str, code: int) -> NoReturn:
     console = Console(stderr=True)
-    for line in str(message).splitlines() or [""]:
+    for line in message.splitlines() or [""]:
         console.print("error:", style="bold red", end=" ")
         say(console, line)
     sys.exit(code)
@@ -338,19 +393,35 @@ def run_program(program: Callable[[], object]) -> None:
     """
     try:
         program()
-    except (ConfigError, FamilyError) as error:
-        _fail(error, EXIT_CONFIG)
     except BrokenPipeError:
         # The reader of our output has gone, as `head` does; Python must not complain when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_DATA)
-    except _DATA_ERRORS as error:
-        _fail(error, EXIT_DATA)
-    except OSError as error:
+    except _EXPLAINED as error:
+        _fail(*_explained(error))
+
+
+def _explained(error: BaseException) -> tuple[str, int]:
+    """Message and exit code of an error of the user's making."""
+    if isinstance(error, (ConfigError, FamilyError)):
+        return str(error), EXIT_CONFIG
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; nothing was written", EXIT_INTERRUPTED
+    if isinstance(error, OSError):
         place = "" if error.filename is None else f"{error.filename}: "
-        _fail(f"{place}{error.strerror or error}", EXIT_DATA)
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing was written", EXIT_INTERRUPTED)
+        return f"{place}{error.strerror or error}", EXIT_DATA
+    return str(error), EXIT_DATA
+
+
+@contextmanager
+def _failure_logged() -> Iterator[None]:
+    """Log an error of the user's making, instead of writing it for a person."""
+    try:
+        yield
+    except _EXPLAINED as error:
+        message, code = _explained(error)
+        _log.error("failed", extra={"fields": {"message": message, "exit_code": code}})
+        raise typer.Exit(code) from error
 
 
 def main() -> None:

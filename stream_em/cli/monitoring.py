@@ -26,6 +26,8 @@ from prometheus_client.registry import Collector
 from stream_em import OnlineEM
 from stream_em.cli.config import ConfigError
 
+_log = logging.getLogger(__name__)
+
 # Reasons that are counted by themselves: more than anybody reads, and names of fields may come from hostile events.
 _MOST_REASONS = 100
 _OTHER_REASONS = ("", "other")
@@ -121,9 +123,13 @@ class Monitor(Collector):
         # Without the value, since each pair of labels is a time series of its own.
         kind = (field or "", _VALUE.split(reason, maxsplit=1)[0])
         with self._lock:
-            known = kind in self._quarantined or len(self._quarantined) < _MOST_REASONS
-            self._quarantined[kind if known else _OTHER_REASONS] += 1
+            if kind not in self._quarantined and len(self._quarantined) >= _MOST_REASONS:
+                kind = _OTHER_REASONS
+            first = kind not in self._quarantined
+            self._quarantined[kind] += 1
             self._came = self._clock()
+        if first:
+            _log.info("quarantined", extra={"fields": {"field": field, "reason": reason}})
 
     def snapshot_written(self) -> None:
         """Take note that what was learned until now is in a snapshot."""
@@ -249,7 +255,7 @@ class _Server(ThreadingMixIn, WSGIServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         # Of a client that has hung up there is nothing to tell; anything else is a mistake of ours.
         if not isinstance(sys.exception(), OSError):
-            logging.getLogger(__name__).exception("request failed")
+            _log.exception("request failed")
 
 
 class _Handler(WSGIRequestHandler):

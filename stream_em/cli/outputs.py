@@ -361,6 +361,8 @@ class Quarantine(_OfOneJob):
         place = {"index": rejection.index, "source": rejection.path}
         if rejection.line is not None:
             place["line"] = rejection.line
+        if rejection.offset is not None:
+            place["partition"], place["offset"] = rejection.offset
         record = {
             **place,
             "field": rejection.field,

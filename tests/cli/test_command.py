@@ -492,7 +492,7 @@ class TestBadInput:
                 "set output.prefix",
             ),
             (["fit", "job.yaml", "source.path=-"], 1, "this one can be read only once"),
-            (["show", "job.yaml"], 1, "job.yaml: not a readable Arrow file"),
+            (["show", "job.yaml"], 1, "job.yaml: not a stream_em snapshot, or a damaged one"),
             (["show", "nowhere.arrow"], 1, "nowhere.arrow: there is no such file; a snapshot is what run"),
             (["show", "."], 1, "is a folder, not a snapshot"),
             (["run", "job.yaml", "output.folder=events.parquet"], 1, "events.parquet: File exists"),
