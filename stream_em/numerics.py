@@ -32,7 +32,7 @@ LARGEST_LOG_DENSITY = 1e200
 # A pivot below this share of its variance means that rounding, not data, decides the covariance.
 SMALLEST_RELATIVE_PIVOT = 1e-13
 
-# From this size on one call of LAPACK for each triangular matrix is much faster than one of NumPy for all, which takes no
+# From this size on a call of LAPACK for each triangular matrix is much faster than one of NumPy for all, which takes no
 # notice of the zeros; below it the gain is not worth the import.
 SMALLEST_FOR_LAPACK = 16
 
