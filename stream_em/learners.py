@@ -102,7 +102,8 @@ class FittedMixture:
 
     def __repr__(self) -> str:
         fields = "no fields yet" if self._schema is None else f"{len(self._schema)} fields"
-        return f"<{type(self).__name__} of {self.model.n_components} components, {fields}{self._progress_text()}>"
+        n_components = (self._parameters or self.model).n_components
+        return f"<{type(self).__name__} of {n_components} components, {fields}{self._progress_text()}>"
 
     def _progress_text(self) -> str:
         return ""

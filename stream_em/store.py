@@ -37,6 +37,8 @@ from stream_em.seeding import concatenate
 from stream_em.snapshot_file import read_rows, write_rows
 from stream_em.state import State
 from stream_em.statistics import Moments, Statistics, Sums, Window
+from stream_em.structure import AdaptiveComponents, StructureChanges, StructureState
+from stream_em.truncation import ExpandingTruncations, TruncationState
 
 FORMAT_VERSION = 1
 HEADER_KEY = b"stream_em"
@@ -286,7 +288,18 @@ def _state_of(learner: Learner) -> tuple[dict[str, Any], Arrays]:
         "unseen": list(learner._unseen),
         "clock": None if learner._clock == Clock() else vars(learner._clock),
         "n_averaged": [learner._average.n_reported, learner._average.n_running],
+        "structure": None if learner.structure is None else vars(learner.structure),
+        "truncation": None if learner.truncation is None else vars(learner.truncation),
     }
+    if learner.structure is not None:
+        header["structure"] = _add_structure(arrays, learner._structure)
+    if learner.truncation is not None:
+        start = learner._truncation.start
+        header["truncation"] = {
+            "level": learner._truncation.level,
+            "count": learner._truncation.count,
+            "start": None if start is None else _add_statistics(arrays, "start", start),
+        }
     if learner.window is not None:
         header["blocks"] = {
             "counts": list(learner._window.counts),
@@ -303,11 +316,29 @@ def _state_of(learner: Learner) -> tuple[dict[str, Any], Arrays]:
         if parameters is not None:
             _add_parameters(arrays, name, learner, parameters)
     if learner._buffer:
-        seen = concatenate(learner._buffer)
-        for name, array in (("values", seen.values), ("weight", seen.weight), ("time", seen.time)):
-            if array is not None:
-                arrays[f"buffer/{name}"] = array
+        _add_events(arrays, "buffer", concatenate(learner._buffer))
     return header, arrays
+
+
+def _add_events(arrays: Arrays, name: str, events: Batch) -> None:
+    for key, array in (("values", events.values), ("weight", events.weight), ("time", events.time)):
+        if array is not None:
+            arrays[f"{name}/{key}"] = array
+
+
+def _add_structure(arrays: Arrays, state: StructureState) -> dict[str, Any]:
+    """Add the events that an adaptive number of components holds; return what else it remembers."""
+    for name, events in (("recent", state.recent), ("poor", state.poor)):
+        if events is not None:
+            _add_events(arrays, name, events)
+    if state.poor_at is not None:
+        arrays["poor_at"] = state.poor_at
+    return {
+        "threshold": state.threshold,
+        "checked_at": state.checked_at,
+        "turn": state.turn,
+        "changes": list(state.changes),
+    }
 
 
 def _add_statistics(arrays: Arrays, name: str, statistics: Statistics) -> dict[str, Any]:
@@ -438,6 +469,10 @@ def _learner_of(header: dict[str, Any], arrays: Arrays) -> Learner:
         # Snapshots of earlier versions, which believed every date, have no clock.
         clock = options.pop("clock", None)
         n_reported, n_running = (_whole(count) for count in options.pop("n_averaged"))
+        # Snapshots of earlier versions have neither of these.
+        for name, kind in (("structure", AdaptiveComponents), ("truncation", ExpandingTruncations)):
+            if options.get(name) is not None:
+                options[name] = kind(**options[name])
         schedule = dict(options.pop("schedule"))
         learner = OnlineEM(model, schedule=SCHEDULES[schedule.pop("kind")](**schedule), schema=schema, **options)
         if not isinstance(options["averaging"], bool):
@@ -455,16 +490,20 @@ def _learner_of(header: dict[str, Any], arrays: Arrays) -> Learner:
             total_weight,
             n_updates,
         )
+        if learner.structure is not None:
+            learner._structure = _structure_of(learner, header["structure"], arrays)
+        if learner.truncation is not None:
+            learner._truncation = _truncation_of(learner, iterate, header["truncation"], arrays)
         if learner.window is not None:
             learner._window = _window_of(learner, iterate, header["blocks"], arrays)
-        reported, running = (_parameters_of(learner, arrays, name) for name in ("reported", "running"))
+        reported, running = (_parameters_of(learner, arrays, name, like=iterate) for name in ("reported", "running"))
         if any((count > 0) != (one is not None) for count, one in ((n_reported, reported), (n_running, running))):
             raise ValueError("the averages and the numbers of parameters that they are of do not fit together")
         learner._average = _Average(reported, n_reported, running, n_running)
         if learner.averaging and learner._average.reported is not None:
             learner._parameters = learner._average.reported
         if "buffer/values" in arrays and schema is not None:
-            learner._buffer = [_buffer_of(schema, arrays)]
+            learner._buffer = [_events_of(schema, arrays, "buffer")]
     else:
         raise ValueError(f"unknown kind of learner {header['kind']!r}")
     learner.ignored_fields = Counter({str(name): _whole(count) for name, count in header["ignored_fields"].items()})
@@ -472,11 +511,17 @@ def _learner_of(header: dict[str, Any], arrays: Arrays) -> Learner:
     return learner
 
 
-def _parameters_of(learner: Learner, arrays: Arrays, name: str) -> MixtureParameters | None:
+def _parameters_of(
+    learner: Learner, arrays: Arrays, name: str, *, like: MixtureParameters | None = None
+) -> MixtureParameters | None:
     if f"{name}/weights" not in arrays:
         return None
-    n_components = learner.model.n_components
-    weights, component_ids = arrays[f"{name}/weights"], _component_ids(arrays[f"{name}/component_ids"], n_components)
+    weights, n_components = arrays[f"{name}/weights"], learner.model.n_components
+    if like is not None:
+        n_components = like.n_components
+    elif isinstance(learner, OnlineEM) and learner.structure is not None:
+        n_components = weights.size
+    component_ids = _component_ids(arrays[f"{name}/component_ids"], n_components)
     if (
         weights.shape != (n_components,)
         or not (weights > 0.0).all()
@@ -591,10 +636,50 @@ def _check_moments(name: str, moments: Moments) -> None:
         raise ValueError(f"the statistics {name!r} hold a scatter with negative directions")
 
 
-def _buffer_of(schema: Schema, arrays: Arrays) -> Batch:
-    values = arrays["buffer/values"]
+def _events_of(schema: Schema, arrays: Arrays, name: str) -> Batch:
+    values = arrays[f"{name}/values"]
     if values.ndim != 2 or len(values) != len(schema):
-        raise ValueError("the events kept aside for the warm-up do not fit the schema")
-    buffer = Batch(values, schema, arrays.get("buffer/weight"), arrays.get("buffer/time"))
-    schema.check(buffer)
-    return buffer
+        raise ValueError(f"the events that are held as {name!r} do not fit the schema")
+    events = Batch(values, schema, arrays.get(f"{name}/weight"), arrays.get(f"{name}/time"))
+    schema.check(events)
+    return events
+
+
+def _structure_of(learner: OnlineEM, specification: Mapping[str, Any], arrays: Arrays) -> StructureState:
+    assert learner.structure is not None
+    recent, poor = (
+        _events_of(learner._known_schema(), arrays, name) if f"{name}/values" in arrays else None
+        for name in ("recent", "poor")
+    )
+    most, poor_at = learner.structure.recent_events, arrays.get("poor_at")
+    if any(one is not None and not 0 < one.n_events <= most for one in (recent, poor)):
+        raise ValueError(f"the events that moves are judged by must be 1 to {most}")
+    if (poor is None) != (poor_at is None):
+        raise ValueError("the poorly explained events and the numbers of events before them do not fit together")
+    if poor is not None and poor_at is not None:
+        counts = poor_at if poor_at.dtype == np.int64 and poor_at.shape == (poor.n_events,) else np.array([-1])
+        if not (counts[0] >= 0 and (np.diff(counts) >= 0).all() and counts[-1] <= learner.n_events):
+            raise ValueError("the numbers of events before the poorly explained ones are out of range")
+    threshold, checked_at = specification["threshold"], _whole(specification["checked_at"])
+    if checked_at > learner.n_events:
+        raise ValueError(f"the last check was at {checked_at} events, of which there are {learner.n_events}")
+    return StructureState(
+        recent,
+        poor,
+        poor_at,
+        None if threshold is None else _finite(threshold),
+        checked_at,
+        _whole(specification["turn"]),
+        StructureChanges(*(_whole(count) for count in specification["changes"])),
+    )
+
+
+def _truncation_of(
+    learner: OnlineEM, iterate: MixtureParameters | None, specification: Mapping[str, Any], arrays: Arrays
+) -> TruncationState:
+    scalars = specification["start"]
+    return TruncationState(
+        None if scalars is None else _statistics_of(learner, iterate, scalars, arrays, "start"),
+        _whole(specification["level"]),
+        _whole(specification["count"]),
+    )

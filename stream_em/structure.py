@@ -173,6 +173,9 @@ class AdaptiveComponents:
     tail: float = 0.01
 
     def __post_init__(self) -> None:
+        for name in ("births", "merges", "splits"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         check_whole(max_components=self.max_components)
         check_whole(least=10, recent_events=self.recent_events)
         if not 0.0 < self.tail <= 0.5:

@@ -22,8 +22,10 @@ from stream_em import (
     OnlineEM,
     Poisson,
     Schema,
+    SnapshotError,
     Statistics,
 )
+from stream_em.store import from_bytes, to_bytes
 from stream_em.structure import _fused, _without
 
 every_family = pytest.mark.parametrize("name", CASES)
@@ -344,3 +346,34 @@ def test_settings_out_of_range_are_refused() -> None:
         OnlineEM(model, window=10_000, structure=PRUNING)
     with pytest.raises(ValueError, match=r"need a memory of more than 75 events.*remembers 50"):
         OnlineEM(model, schedule=Constant(0.02), batch_size=1, structure=PRUNING).update(np.zeros((1, 2)))
+
+
+@pytest.mark.parametrize("name", ["gaussian_tied", "product"])
+@pytest.mark.parametrize("averaging", [False, True])
+@pytest.mark.parametrize("n_events", [30, 130, 900])
+def test_a_snapshot_keeps_all_that_is_remembered(name: str, averaging: bool, n_events: int) -> None:
+    case = CASES[name]
+    learner = OnlineEM(
+        Mixture(case.family, 4),
+        schema=case.schema,
+        structure=AdaptiveComponents(recent_events=60, tail=0.3, max_components=7),
+        batch_size=20,
+        warm_up=100,
+        averaging=averaging,
+    )
+    learner.update(draw_batch(case, n_events, 1, missing=0.1, weighted=True))
+    again, more = from_bytes(to_bytes(learner)), draw_batch(case, 300, 2)
+    assert isinstance(again, OnlineEM)
+    assert again.structure == learner.structure
+    assert again.structure_changes == learner.structure_changes
+    assert to_bytes(again) == to_bytes(learner)
+    assert to_bytes(again.update(more)) == to_bytes(learner.update(more))
+
+
+def test_a_snapshot_with_other_components_than_it_says_is_refused() -> None:
+    learner = OnlineEM(Mixture(Gaussian(), 6), structure=PRUNING, batch_size=50, schedule=Constant(0.3), seed=1)
+    learner.update(_clusters([[0.0, 0.0], [9.0, 0.0]], 5_000, 1))
+    assert learner.parameters.n_components < 6
+    learner.structure = None
+    with pytest.raises(SnapshotError, match="component ids must be 6"):
+        from_bytes(to_bytes(learner))

@@ -9,6 +9,7 @@ import pytest
 from cases import CASES, assert_parameters_equal, assert_sound, assert_statistics_close, draw_batch
 
 from stream_em import ExpandingTruncations, Gaussian, Harmonic, MergeError, Mixture, OnlineEM, Schema
+from stream_em.store import from_bytes, to_bytes
 
 every_family = pytest.mark.parametrize("name", CASES)
 
@@ -103,3 +104,14 @@ def test_settings_out_of_range_are_refused() -> None:
                 ExpandingTruncations(**{name: wrong})
     with pytest.raises(ValueError, match="window and truncation cannot be had together"):
         OnlineEM(Mixture(Gaussian(), 2), window=10_000, truncation=ExpandingTruncations())
+
+
+@pytest.mark.parametrize("name", ["gaussian_full", "product"])
+def test_a_snapshot_keeps_the_start(name: str) -> None:
+    learner = _learner(name, ExpandingTruncations(1.5, 1.1)).update(draw_batch(CASES[name], 300, 1))
+    again, more = from_bytes(to_bytes(learner)), draw_batch(CASES[name], 300, 2)
+    assert isinstance(again, OnlineEM)
+    assert again.truncation == learner.truncation
+    assert again.truncations == learner.truncations
+    assert to_bytes(again) == to_bytes(learner)
+    assert to_bytes(again.update(more)) == to_bytes(learner.update(more))
