@@ -25,6 +25,7 @@ from stream_em.beam.refit import Refit
 from stream_em.beam.survey import infer_schema
 from stream_em.beam.writing import WriteRejected
 from stream_em.cli.build import make_model, make_schema, make_source
+from stream_em.cli.checkpoints import refuse_unfinished_run
 from stream_em.cli.common import draw_learner, load_plots
 from stream_em.cli.config import Config, ConfigError, SourceSection, load_config
 from stream_em.cli.display import component_table, say
@@ -243,6 +244,7 @@ def refit(
 
     A refit that was interrupted goes on from its last whole iteration when it is started again.
     """
+    refuse_unfinished_run(config)
     output, section = config.output, config.learner
     folder = Path(output.folder)
     working = FileSystems.join(work_folder or str(folder), WORKING)

@@ -38,6 +38,7 @@ from stream_em.cli.outputs import Output, PendingFile, Quarantine, ScoreSink
 from stream_em.cli.ranking import LabelledRanking
 from stream_em.cli.stopping import StopRequest
 from stream_em.sources import Chunk, Position, Rejection, Source
+from stream_em.store import remove_leftovers
 
 
 class Observer(Protocol):
@@ -93,8 +94,8 @@ def run(
         progress = stack.enter_context(Progress(console, n_before=job.n_events))
         job.learn(stop, progress)
         seconds = progress.seconds
-        job.finish(stop)
-    job.report(stop, seconds)
+        job.finish()
+    job.report(seconds)
 
 
 class _Run:
@@ -122,7 +123,7 @@ class _Run:
         try:
             self._open()
         except BaseException:
-            self._abandon()
+            self._close()
             raise
         return self
 
@@ -131,6 +132,7 @@ class _Run:
         checkpoint = learner = None
         if path is not None:
             self._lock = PendingFile(path)
+            remove_leftovers(path)
             if self._fresh:
                 forget_unfinished_run(path)
             checkpoint = unfinished_run(path)
@@ -187,6 +189,7 @@ class _Run:
             self._learn_chunk(chunk, stop, progress)
             if not stop.requested and self._is_due(chunk):
                 self._make_checkpoint()
+        self._stopped_by = stop.name
 
     def _is_due(self, chunk: Chunk) -> bool:
         """Whether a checkpoint comes after this chunk: that depends on its place alone, as everything does."""
@@ -274,41 +277,46 @@ class _Run:
         if self._observer is not None:
             self._observer.snapshot_written()
 
-    def finish(self, stop: StopRequest) -> None:
+    def finish(self) -> None:
         """Give every file its name; after a stop, so that another start takes them up again."""
         learner = self._learner
         if learner is None or self.n_events == 0:
+            if self._stopped_by:
+                raise DataError(f"stopped by {self._stopped_by} before any event was learned; nothing was written")
             raise nothing_usable(self._source, self._quarantine)
         self._within_warm_up = learner.warming_up
-        if stop.requested:
+        if self._stopped_by:
             self._save(finished=False)
         learner.finish_warm_up()
         for output in self._outputs:
             output.publish()
         self._outputs = []
-        if not stop.requested:
+        if not self._stopped_by:
             self._save(finished=True)
+            self._can_go_on = False
         picture = self._config.output.picture
         if picture is not None:
             points = self._history.points()
             draw(self._folder / picture, lambda path: load_plots().plot_run(learner, points, path))
 
-    def report(self, stop: StopRequest, seconds: float) -> None:
+    def report(self, seconds: float) -> None:
         """Say how it went."""
         console, learner, history = self._console, self._learner, self._history
         assert learner is not None
-        if self._within_warm_up:
+        if self._within_warm_up and not self._stopped_by:
             say(
                 console,
                 f"the source ended within the warm-up of {learner.warm_up:,} events: the components were made from all "
                 "of them at the end, and none has a score; fit or a smaller learner.warm_up suits so few events better",
                 "yellow",
             )
-        if stop.requested:
+        if self._stopped_by:
             going_on = "" if self._snapshot_path is None else "; the same command goes on from there"
+            within = ", within the warm-up" if self._within_warm_up else ""
             say(
                 console,
-                f"stopped by {stop.name} after the batch in hand; everything learned until then is kept{going_on}",
+                f"stopped by {self._stopped_by} after the batch in hand{within}; everything learned until then is "
+                f"kept{going_on}",
                 "yellow",
             )
         n_now = self.n_events - self._n_before
@@ -340,20 +348,20 @@ class _Run:
         if kind is None:
             assert not self._outputs
             self._release()
-        else:
-            self._abandon()
-
-    def _abandon(self) -> None:
-        """Leave what another start can go on with, or nothing."""
-        for output in self._outputs:
-            output.close(keep=self._can_go_on)
-        self._release()
+            return
+        self._close()
         if self._can_go_on:
             say(
                 Console(stderr=True),
                 "what was done up to the last checkpoint is kept: the same command goes on from there",
                 "yellow",
             )
+
+    def _close(self) -> None:
+        """Leave what another start can go on with, or nothing."""
+        for output in self._outputs:
+            output.close(keep=self._can_go_on)
+        self._release()
 
     def _release(self) -> None:
         if self._lock is not None:
