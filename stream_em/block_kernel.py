@@ -1,21 +1,53 @@
-"""Mini-batches through compiled code, on the packed state of an `EventKernel`."""
+"""Mini-batches through compiled code, on packed state."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from stream_em import compiled, compiled_blocks
 from stream_em.families.base import feature_table
+from stream_em.models import Mixture
 from stream_em.numerics import Array
-
-if TYPE_CHECKING:
-    from stream_em.event_kernel import EventKernel
+from stream_em.schema import Schema
 
 NO_WEIGHT: Array = np.empty(0)
+
+
+class PackedFactor(Protocol):
+    """A factor of the family: its kind, and its fields."""
+
+    @property
+    def kind(self) -> int:
+        """Its kind, a constant of `compiled`."""
+
+    @property
+    def positions(self) -> npt.NDArray[np.intp]:
+        """Positions of its fields in the schema."""
+
+
+class PackedState(Protocol):
+    """What a learner has learned, packed into one vector, as `EventKernel` holds it."""
+
+    model: Mixture
+    schema: Schema
+    vector: Array
+    general: float | None
+    component_ids: npt.NDArray[np.int64]
+
+    @property
+    def factors(self) -> Sequence[PackedFactor]:
+        """The factors in the order in which they are computed."""
+
+    def array(self, index: int, slot: int) -> Array:
+        """Return a part of the vector that belongs to a factor."""
+
+    def repair(self, n_events: int) -> None:
+        """Take the M-step in NumPy after compiled code could not."""
 
 
 class BlockKernel:
@@ -23,20 +55,20 @@ class BlockKernel:
 
     Parameters
     ----------
-    kernel
-        Whose state is updated; `has_compiled_blocks` says whether there is a compiled form.
+    state
+        What is updated; `has_compiled_blocks` says whether there is a compiled form.
 
     """
 
-    def __init__(self, kernel: EventKernel) -> None:
-        self._kernel = kernel
-        self._table = feature_table((factor.positions, factor.kind == compiled.FULL) for factor in kernel.factors)
-        self._center = np.empty(len(kernel.schema))
+    def __init__(self, state: PackedState) -> None:
+        self._state = state
+        self._table = feature_table((factor.positions, factor.kind == compiled.FULL) for factor in state.factors)
+        self._center = np.empty(len(state.schema))
         self._pooled_means = [
-            (factor.positions, kernel.array(index, compiled.POOLED_MEAN)) for index, factor in enumerate(kernel.factors)
+            (factor.positions, state.array(index, compiled.POOLED_MEAN)) for index, factor in enumerate(state.factors)
         ]
-        self._step = compiled_blocks.compiled_step_block(general=kernel.general is not None)
-        self._ids_are_positions = np.array_equal(kernel.component_ids, np.arange(len(kernel.component_ids)))
+        self._step = compiled_blocks.compiled_step_block(general=state.general is not None)
+        self._ids_are_positions = np.array_equal(state.component_ids, np.arange(len(state.component_ids)))
 
     def learn(
         self, values: Array, weight: Array | None = None, *, keep: bool
@@ -46,7 +78,7 @@ class BlockKernel:
         Parameters
         ----------
         values
-            (D, B) at least one event, encoded with the kernel's schema, nothing missing.
+            (D, B) at least one event, encoded with its schema, nothing missing.
         weight
             (B,), or None when all count alike.
         keep
@@ -58,14 +90,14 @@ class BlockKernel:
             Shapes (B,), (B,) and (B, K); None when nothing was learned, because the numbers ask for more care.
 
         """
-        kernel, n_events = self._kernel, values.shape[1]
+        state, n_events = self._state, values.shape[1]
         n_kept = n_events if keep else 0
         log_prob, winners = np.empty(n_events), np.empty(n_kept, dtype=np.int64)
-        responsibilities = np.empty((kernel.model.n_components, n_kept))
+        responsibilities = np.empty((state.model.n_components, n_kept))
         for positions, mean in self._pooled_means:
             self._center[positions] = mean
         log_likelihood = self._step(
-            kernel.vector,
+            state.vector,
             *self._table,
             self._center,
             np.ascontiguousarray(values),
@@ -73,11 +105,11 @@ class BlockKernel:
             log_prob,
             responsibilities,
             winners,
-            kernel.general,
+            state.general,
         )
         if math.isnan(log_likelihood):
             return None
         if log_likelihood == math.inf:
-            kernel.repair(n_events if weight is None else int(np.count_nonzero(weight)))
-        component = winners if self._ids_are_positions else kernel.component_ids[winners]
+            state.repair(n_events if weight is None else int(np.count_nonzero(weight)))
+        component = winners if self._ids_are_positions else state.component_ids[winners]
         return log_prob, component, responsibilities.T
