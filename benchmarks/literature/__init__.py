@@ -1,0 +1,1 @@
+"""Published results of online EM beside ours: `python -m benchmarks.literature`."""
