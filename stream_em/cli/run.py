@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -36,9 +38,12 @@ from stream_em.cli.display import Progress, say
 from stream_em.cli.history import History
 from stream_em.cli.outputs import Output, PendingFile, Quarantine, ScoreSink
 from stream_em.cli.ranking import LabelledRanking
+from stream_em.cli.scored_topic import ScoredTopic
 from stream_em.cli.stopping import StopRequest
 from stream_em.sources import Chunk, Position, Rejection, Source
 from stream_em.store import remove_leftovers
+
+_log = logging.getLogger(__name__)
 
 
 class Observer(Protocol):
@@ -145,6 +150,7 @@ class _Run:
     def _start(self, checkpoint: Checkpoint | None, learner: OnlineEM | None) -> None:
         """Begin, or begin again where the checkpoint was taken."""
         self.position: Position | None = None if checkpoint is None else checkpoint.position
+        self._saved, self._saved_index = time.monotonic(), 0 if self.position is None else self.position["index"]
         self.n_events = self._n_before = 0 if checkpoint is None else checkpoint.n_events
         self._n_warm_up = 0 if checkpoint is None else checkpoint.n_warm_up
         self._history = History(None if checkpoint is None else checkpoint.history)
@@ -153,9 +159,12 @@ class _Run:
         self._quarantine = Quarantine(quarantine_path, None if checkpoint is None else checkpoint.quarantine)
         self._outputs.append(self._quarantine)
         self._sinks: dict[str, ScoreSink] = {}
+        self._open_topic(checkpoint)
         self._learner = learner
         if learner is not None:
             self._open_sinks(learner, checkpoint)
+        fields = {"source": self._source.name, "n_events": self.n_events}
+        _log.info("started" if checkpoint is None else "resumed", extra={"fields": fields})
         if checkpoint is not None:
             say(
                 self._console,
@@ -178,6 +187,15 @@ class _Run:
             )
             self._outputs.append(self._sinks["file"])
 
+    def _open_topic(self, checkpoint: Checkpoint | None) -> None:
+        # Not with the first event, which may be long in coming: whether there is such a topic is known now.
+        output = self._config.output
+        if output.kafka is not None:
+            after = None if checkpoint is None else checkpoint.sinks["kafka"]
+            topic = ScoredTopic(output.kafka.config, output.kafka.topic, prefix=output.prefix, after=after)
+            self._sinks["kafka"] = topic
+            self._outputs.append(topic)
+
     @property
     def _snapshot_path(self) -> Path | None:
         name = self._config.output.snapshot
@@ -192,9 +210,15 @@ class _Run:
         self._stopped_by = stop.name
 
     def _is_due(self, chunk: Chunk) -> bool:
-        """Whether a checkpoint comes after this chunk: that depends on its place alone, as everything does."""
+        """Whether a checkpoint comes after this chunk.
+
+        That depends on its place alone, as everything does, unless the job asks for checkpoints by the clock too.
+        """
         index: int = chunk.after["index"]
-        return index > chunk.before["index"] and index % self._checkpoint_every == 0
+        if index > chunk.before["index"] and index % self._checkpoint_every == 0:
+            return True
+        seconds = self._config.output.checkpoint_seconds
+        return seconds is not None and index > self._saved_index and time.monotonic() - self._saved >= seconds
 
     def _learn_chunk(self, chunk: Chunk, stop: StopRequest, progress: Progress) -> None:
         learner = self._learner
@@ -274,6 +298,9 @@ class _Run:
         )
         save(self._learner, self._snapshot_path, metadata={"source": self._source.name, **checkpoint.metadata()})
         self._can_go_on = True
+        self._saved, self._saved_index = time.monotonic(), self.position["index"]
+        fields = {"path": str(self._snapshot_path), "n_events": self.n_events, "finished": finished}
+        _log.info("snapshot", extra={"fields": fields})
         if self._observer is not None:
             self._observer.snapshot_written()
 
@@ -343,6 +370,17 @@ class _Run:
             written.append(self._quarantine.path)
         written += [self._folder / name for name in (output.snapshot, output.picture) if name is not None]
         list_files(console, written)
+        if self._stopped_by:
+            _log.info("stopped", extra={"fields": {"by": self._stopped_by}})
+        told = {
+            "n_events": self.n_events,
+            "n_quarantined": self._quarantine.count,
+            "seconds": round(seconds, 3),
+            "mean_log_likelihood": history.shown_mean,
+            "effective_components": round(learner.effective_components, 2),
+            "files": [str(path) for path in written],
+        }
+        _log.info("finished", extra={"fields": told})
 
     def __exit__(self, kind: type[BaseException] | None, _: object, __: TracebackType | None) -> None:
         if kind is None:
@@ -352,7 +390,7 @@ class _Run:
         self._close()
         if self._can_go_on:
             say(
-                Console(stderr=True),
+                Console(stderr=True, quiet=self._console.quiet),
                 "what was done up to the last checkpoint is kept: the same command goes on from there",
                 "yellow",
             )
