@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -71,7 +72,7 @@ class SegmentedParquet:
             self._file = pa.OSFile(str(self._path), "ab")
             # The writer wants a file without content. Wherever this one seems to be, it appends, and then knows its
             # true place again: all offsets are those in the whole file.
-            os.lseek(self._file.fileno(), 0, os.SEEK_SET)
+            os.lseek(_descriptor(self._file, self._path), 0, os.SEEK_SET)
             self._writer = pq.ParquetWriter(self._file, self._schema, use_dictionary=self._repeating)
         self._writer.write_table(table, row_group_size=row_group_size)
 
@@ -105,6 +106,21 @@ class SegmentedParquet:
             self._writer.is_open = False
             self._writer = None
             self._file.close()
+
+
+def _descriptor(file: pa.OSFile, path: Path) -> int:
+    try:
+        descriptor: int = file.fileno()
+    except AttributeError:
+        # Before version 25 Arrow cannot tell. It is the only one here that was opened to append to the file.
+        from fcntl import F_GETFL, fcntl
+
+        for descriptor in (int(link.name) for link in Path("/dev/fd").iterdir()):
+            with suppress(OSError):
+                if fcntl(descriptor, F_GETFL) & os.O_APPEND and os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return descriptor
+        raise
+    return descriptor
 
 
 def _read_footer(file: IO[bytes], end: int) -> pq.FileMetaData:
