@@ -335,7 +335,9 @@ def _add_structure(arrays: Arrays, state: StructureState) -> dict[str, Any]:
         arrays["poor_at"] = state.poor_at
     return {
         "threshold": state.threshold,
+        "n_poor": state.n_poor,
         "checked_at": state.checked_at,
+        "wait": state.wait,
         "turn": state.turn,
         "changes": list(state.changes),
     }
@@ -668,7 +670,9 @@ def _structure_of(learner: OnlineEM, specification: Mapping[str, Any], arrays: A
         poor,
         poor_at,
         None if threshold is None else _finite(threshold),
+        _whole(specification["n_poor"]),
         checked_at,
+        _whole(specification["wait"], 1),
         _whole(specification["turn"]),
         StructureChanges(*(_whole(count) for count in specification["changes"])),
     )

@@ -23,14 +23,18 @@ LEAST_NEW_ID = 2**32
 # The weight of a component that is about to die, as a share of all: the logarithm of a weight must be finite.
 LEAST_SHARE_OF_WEIGHT = 1e-9
 
-# Pairs of components, the most alike first, that are tried at each check.
-PAIRS_TRIED = 3
+# Components, the lightest first, without which it is tried at each check, and pairs, the most alike first.
+LIGHTEST_TRIED, PAIRS_TRIED = 3, 3
 
 # Starts and EM iterations of the two halves of a component, and iterations of a newborn one.
-N_STARTS, N_ITERATIONS = 4, 10
+N_STARTS, N_ITERATIONS = 2, 10
 
 # Starts of newborn components that are tried at each check.
 NEWBORN_STARTS = 2
+
+# Checks that change nothing are made ever more rarely, until they come after so many times `recent_events`; unless
+# poorly explained events come so many times as often as they did at the last check.
+LONGEST_WAIT, ALARM = 10, 2.0
 
 
 class StructureChanges(NamedTuple):
@@ -41,7 +45,7 @@ class StructureChanges(NamedTuple):
     births
         Components that came from poorly explained events.
     deaths
-        Components that lost their events.
+        Components that lost their events, or were no longer needed.
     merges
         Pairs that became one.
     splits
@@ -72,8 +76,12 @@ class StructureState:
         How many events had been learned when each of them came.
     threshold
         Log-density below which an event is poorly explained; None before the first check.
+    n_poor
+        Poorly explained events since the last check.
     checked_at
         How many events had been learned at the last check.
+    wait
+        When the next check is due, in times `recent_events` from then.
     turn
         Number of components whose turn to be split has passed.
     changes
@@ -85,7 +93,9 @@ class StructureState:
     poor: Batch | None = None
     poor_at: npt.NDArray[np.int64] | None = None
     threshold: float | None = None
+    n_poor: int = 0
     checked_at: int = 0
+    wait: int = 1
     turn: int = 0
     changes: StructureChanges = NO_CHANGES
 
@@ -109,8 +119,9 @@ class AdaptiveComponents:
       parameters of a component, so that weights are proportional to max(n - N/2, 0) with n the weight of the events
       that the statistics hold for it. A component that comes to 0 is removed with its statistics, the lightest
       first, no more than one at each update, so that the others can take its events over before they are judged;
-    - components are *born*, *merge* and *split*, no more than one such move at each check, when that raises the
-      log-posterior of the events. A check is made each time that `recent_events` events have come.
+    - when that raises the log-posterior of the events, components that are not needed die, and two *merge*, as many as
+      do; then one is *born*, or *splits*. That is checked each time that `recent_events` events have come; while checks
+      change nothing ever more rarely, down to a tenth of that, as long as poorly explained events remain as rare.
 
     Ids are stable: a component keeps its id for life, of two that merge the heavier keeps its id, and so does the
     heavier part of one that splits. Ids of new components are random numbers of 53 bits, made from their statistics,
@@ -127,7 +138,8 @@ class AdaptiveComponents:
     max_components
         Most components; no birth and no split goes beyond it.
     recent_events
-        Events between checks, and held to judge moves by; as many poorly explained events are held besides.
+        Least number of events between checks, and most that are held to judge moves by; as many poorly explained
+        ones are held besides.
     tail
         Share of the recent events, those of the lowest log-density, that count as poorly explained; in (0, 1/2].
 
@@ -271,29 +283,41 @@ class AdaptiveComponents:
             return pruned, state
         assert log_prob is not None
         state = self._remember(state, piece, log_prob, n_events)
-        if n_events - state.checked_at < self.recent_events or state.recent is None:
+        if state.recent is None or not self._due(state, n_events):
             return pruned, state
         if pruned is not statistics:
             iterate = self.m_step(bound, pruned)
         generator = np.random.default_rng([random_seed, n_events])
         check = _Check(self, bound, pruned, iterate, state, state.recent, n_events, generator)
         moved, state = check.move()
-        threshold = float(np.quantile(check.log_prob, self.tail))
-        return moved, replace(state, threshold=threshold, checked_at=n_events)
+        return moved, replace(
+            state,
+            threshold=float(np.quantile(check.log_prob, self.tail)),
+            n_poor=0,
+            checked_at=n_events,
+            wait=min(2 * state.wait, LONGEST_WAIT) if moved is statistics else 1,
+        )
+
+    def _due(self, state: StructureState, n_events: int) -> bool:
+        since = n_events - state.checked_at
+        alarm = state.n_poor > ALARM * self.tail * since
+        return since >= self.recent_events * (1 if alarm else state.wait)
 
     def _remember(self, state: StructureState, piece: Batch, log_prob: Array, n_events: int) -> StructureState:
-        recent = _newest(state.recent, piece, self.recent_events)
-        if not self.births or state.threshold is None:
-            return replace(state, recent=recent)
+        state = replace(state, recent=_newest(state.recent, piece, self.recent_events))
+        if state.threshold is None:
+            return state
         chosen = log_prob < state.threshold
         if piece.weight is not None:
             chosen &= piece.weight > 0.0
-        if not chosen.any():
-            return replace(state, recent=recent)
+        n_poor = int(np.count_nonzero(chosen))
+        state = replace(state, n_poor=state.n_poor + n_poor)
+        if not (n_poor and self.births):
+            return state
         poor = _newest(state.poor, piece.select(np.flatnonzero(chosen)), self.recent_events)
         earlier = np.empty(0, dtype=np.int64) if state.poor_at is None else state.poor_at
-        poor_at = np.append(earlier, np.full(np.count_nonzero(chosen), n_events))[-poor.n_events :]
-        return replace(state, recent=recent, poor=poor, poor_at=poor_at)
+        poor_at = np.append(earlier, np.full(n_poor, n_events))[-poor.n_events :]
+        return replace(state, poor=poor, poor_at=poor_at)
 
 
 class _Check:
@@ -310,24 +334,38 @@ class _Check:
         n_events: int,
         generator: np.random.Generator,
     ) -> None:
-        self.structure, self.bound, self.statistics, self.state = structure, bound, statistics, state
-        self.iterate, self.recent, self.n_events, self.generator = iterate, recent, n_events, generator
+        self.structure, self.bound, self.state, self.recent = structure, bound, state, recent
+        self.n_events, self.generator = n_events, generator
         self.half_parameters = _half_parameters(bound)
-        self.log_prob, self.responsibilities = bound.posterior(iterate, recent)
+        self._settle_on(statistics, iterate)
+
+    def _settle_on(self, statistics: Statistics, iterate: MixtureParameters) -> None:
+        self.statistics, self.iterate = statistics, iterate
+        self.log_prob, self.responsibilities = self.bound.posterior(iterate, self.recent)
+
+    def _take(self, candidate: Statistics, **more: int) -> None:
+        self._settle_on(candidate, self.structure.m_step(self.bound, candidate))
+        self.state = _counted(self.state, **more)
 
     def move(self) -> tuple[Statistics, StructureState]:
-        """Return the statistics after the first move that pays, and what is remembered then."""
-        n_components, state = len(self.statistics.weights), self.state
-        room = n_components < self.structure.max_components
-        if room and self.structure.births and (born := self._birth()) is not None:
-            return born, _counted(replace(state, poor=None, poor_at=None), births=1)
-        if n_components > 1 and self.structure.merges and (merged := self._merge()) is not None:
-            return merged, _counted(state, merges=1)
-        if room and self.structure.splits:
-            self.state = state = replace(state, turn=state.turn + 1)
-            if (split := self._split(state.turn % n_components)) is not None:
-                return split, _counted(state, splits=1)
-        return self.statistics, state
+        """Return the statistics after the moves that pay, and what is remembered then."""
+        while len(self.statistics.weights) > 1:
+            if (left := self._death()) is not None:
+                self._take(left, deaths=1)
+            elif self.structure.merges and (merged := self._merge()) is not None:
+                self._take(merged, merges=1)
+            else:
+                break
+        n_components = len(self.statistics.weights)
+        if n_components < self.structure.max_components:
+            if self.structure.births and (born := self._birth()) is not None:
+                self.state = replace(self.state, poor=None, poor_at=None)
+                self._take(born, births=1)
+            elif self.structure.splits:
+                self.state = replace(self.state, turn=self.state.turn + 1)
+                if (split := self._split(self.state.turn % n_components)) is not None:
+                    self._take(split, splits=1)
+        return self.statistics, self.state
 
     def _pays(self, candidate: Statistics, gain: float, weight: float) -> bool:
         """Whether so much log-likelihood gained over events of this weight outweighs the change in message length."""
@@ -342,17 +380,31 @@ class _Check:
         change = self.bound.log_prob(self.structure.m_step(self.bound, candidate), events) - log_prob
         return float(change @ _weight_of(events))
 
+    def _pays_for_all(self, candidate: Statistics) -> bool:
+        """Whether a candidate is better for all that is remembered, going by the recent events."""
+        weight, recent_weight = self.statistics.total_weight, float(_weight_of(self.recent).sum())
+        gain = self._gain(candidate, self.recent, self.log_prob) * weight / max(recent_weight, 1e-300)
+        return self._pays(candidate, gain, weight)
+
+    def _death(self) -> Statistics | None:
+        weight = _weight_of(self.recent)
+        found, expected = self.responsibilities @ weight, self.iterate.weights * weight.sum()
+        # A rare component of which there are hardly any events just now cannot be judged by them.
+        judged = np.flatnonzero(found >= np.maximum(0.5 * expected, 1.0))
+        for position in judged[np.argsort(self.statistics.weights[judged], kind="stable")][:LIGHTEST_TRIED]:
+            candidate = _without(self.statistics, int(position))
+            if self._pays_for_all(candidate):
+                return candidate
+        return None
+
     def _merge(self) -> Statistics | None:
-        recent_weight = float(_weight_of(self.recent).sum())
         # Pairs whose responsibilities are most alike, Ueda et al. (2000), equation 3.1.
         length = np.sqrt(np.einsum("kb,kb->k", self.responsibilities, self.responsibilities))
         alike = self.responsibilities @ self.responsibilities.T / np.maximum(np.outer(length, length), 1e-300)
         first, second = np.triu_indices(len(alike), 1)
-        weight = self.statistics.total_weight
         for pair in np.argsort(-alike[first, second], kind="stable")[:PAIRS_TRIED]:
             candidate = _fused(self.statistics, int(first[pair]), int(second[pair]))
-            gain = self._gain(candidate, self.recent, self.log_prob) * weight / max(recent_weight, 1e-300)
-            if self._pays(candidate, gain, weight):
+            if self._pays_for_all(candidate):
                 return candidate
         return None
 
