@@ -13,6 +13,7 @@ OPTIONAL = (
     "numba",
     "pandas",
     "polars",
+    "prometheus_client",
     "pydantic",
     "rich",
     "river",
