@@ -652,6 +652,12 @@ class _Parquet:
                     if batch.num_rows:
                         yield Piece(batch, path, np.arange(index, index + batch.num_rows), place, begin=place)
                         index += batch.num_rows
+                # Arrow, reading through a buffer, takes a file that was cut meanwhile for one without further rows.
+                if index - place["first"] != file.metadata.num_rows:
+                    raise SourceError(
+                        f"{path}: was cut while it was read: of the {file.metadata.num_rows:,} events that it states, "
+                        f"{index - place['first']:,} are there"
+                    )
 
 
 def _open_parquet(path: str) -> pq.ParquetFile:

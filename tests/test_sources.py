@@ -303,6 +303,17 @@ class TestRefusals:
         (tmp_path / "a.parquet").write_bytes(content)
         self.refused(r"a\.parquet: cannot be read", tmp_path / "a.parquet")
 
+    @pytest.mark.parametrize("share", [0.1, 0.45, 0.5, 0.9])
+    def test_parquet_that_is_cut_while_it_is_read(self, tmp_path, share):
+        path = tmp_path / "a.parquet"
+        rows = pa.table({"x": np.random.default_rng(0).normal(size=200_000)})
+        pq.write_table(rows, path, row_group_size=20_000)
+        chunks = open_source(path).chunks(10_000)
+        next(chunks)
+        os.truncate(path, int(share * path.stat().st_size))
+        with pytest.raises(SourceError, match="cut while it was read|cannot be read as Parquet"):
+            list(chunks)
+
     def test_truncated_gzip(self, tmp_path):
         (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"x": 1}\n' * 100)[:-10])
         self.refused(r"a\.jsonl\.gz: cannot be read", tmp_path / "a.jsonl.gz")
