@@ -53,7 +53,7 @@ class Progress:
         """Show the number of events, their rate, and other facts by name."""
         self._shown = time.perf_counter()
         rate = (n_events - self._n_before) / max(self.seconds, 1e-9)
-        _log.info("progress", extra={"fields": {"n_events": n_events, "events_per_second": round(rate), **facts}})
+        _log.info("progress", extra={"fields": {"n_events": n_events, "events_per_second": round(rate)}})
         parts = [f"{n_events:,} events", f"{rate:,.0f} events/s"]
         parts.extend(f"{name.replace('_', ' ')} {value}" for name, value in facts.items())
         line = " · ".join(parts)

@@ -70,9 +70,14 @@ class History:
                 self._stride *= 2
 
     @property
+    def mean(self) -> float | None:
+        """Mean log-likelihood of all events scored after the warm-up; None before there are any."""
+        return self._total / self._count if self._count else None
+
+    @property
     def shown_mean(self) -> str:
-        """Mean log-likelihood of all events scored after the warm-up."""
-        return f"{self._total / self._count:.4f}" if self._count else "not known"
+        """The mean, for people."""
+        return "not known" if self.mean is None else f"{self.mean:.4f}"
 
     def points(self) -> list[tuple[int, float, npt.NDArray[np.float64]]]:
         """Events so far, mean log-likelihood since the point before, weights."""
