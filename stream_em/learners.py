@@ -377,6 +377,12 @@ class OnlineEM(FittedMixture):
             raise ValueError(f"unknown={unknown!r}, expected one of {', '.join(UNKNOWN_POLICIES)}")
         if initial_parameters is not None and schema is None:
             raise ValueError("initial_parameters need the schema they are for")
+        for name, value, kind in (
+            ("structure", structure, AdaptiveComponents),
+            ("truncation", truncation, ExpandingTruncations),
+        ):
+            if not isinstance(value, kind | None):
+                raise ValueError(f"{name} must be {kind.__name__}() or None, got {value!r}")
         _check_alone(window=window, structure=structure, truncation=truncation)
         super().__init__(model, initial_parameters, schema)
         usual = RobbinsMonro() if window is None else Harmonic()

@@ -131,3 +131,9 @@ def test_a_lowered_warm_up_ends_with_the_next_event() -> None:
     learner.update(numbers(10, 0.0, 1))
     assert not learner.warming_up
     assert (learner.n_events, learner.warm_up_left) == (60, 0)
+
+
+@pytest.mark.parametrize("wrong", [-1.0, np.nan, np.inf])
+def test_weights_that_nothing_can_have_are_not_forgotten_to(wrong: float) -> None:
+    with pytest.raises(ValueError, match="weight must be finite and >= 0"):
+        learner_of().forget(wrong)
