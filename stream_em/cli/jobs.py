@@ -29,7 +29,7 @@ from stream_em.cli.common import (
 )
 from stream_em.cli.config import Config
 from stream_em.cli.display import Progress, say
-from stream_em.cli.outputs import Quarantine
+from stream_em.cli.outputs import Quarantine, only_writer
 from stream_em.cli.ranking import LabelledRanking
 from stream_em.cli.stopping import StopRequest
 from stream_em.sources import SourceError
@@ -49,9 +49,11 @@ def fit(config: Config, console: Console, *, read: Sequence[Path] = ()) -> None:
             f"{source.name}: fit reads its source once for each iteration, and this one can be read only "
             "once; write it to a file first, or use run"
         )
-    refuse_unfinished_run(config)
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
+        if output.snapshot is not None:
+            stack.enter_context(only_writer(folder / output.snapshot))
+        refuse_unfinished_run(config)
         quarantine = stack.enter_context(Quarantine(folder / output.quarantine))
         progress = stack.enter_context(Progress(console))
         rows = chunk_rows(source, config.learner.batch_size)

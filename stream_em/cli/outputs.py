@@ -11,8 +11,8 @@ import os
 import sys
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -173,6 +173,23 @@ class PendingFile:
         self._open = False
         if self._lock is not None:
             os.close(self._lock)
+
+
+@contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """Keep other jobs from writing a file while the block runs, without a pending file of one's own.
+
+    Raises
+    ------
+    OutputError
+        When another job is writing the file.
+
+    """
+    file = PendingFile(path)
+    try:
+        yield
+    finally:
+        file.discard()
 
 
 def _pending_name(path: Path) -> Path:

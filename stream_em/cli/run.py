@@ -36,7 +36,7 @@ from stream_em.cli.common import (
 from stream_em.cli.config import Config
 from stream_em.cli.display import Progress, say
 from stream_em.cli.history import History
-from stream_em.cli.outputs import Output, PendingFile, Quarantine, ScoreSink
+from stream_em.cli.outputs import Output, Quarantine, ScoreSink, only_writer
 from stream_em.cli.ranking import LabelledRanking
 from stream_em.cli.scored_topic import ScoredTopic
 from stream_em.cli.stopping import StopRequest
@@ -95,6 +95,8 @@ def run(
         load_plots()
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
+        if output.snapshot is not None:
+            stack.enter_context(only_writer(Path(output.folder, output.snapshot)))
         job = stack.enter_context(_Run(config, source, console, fresh=fresh, observer=observer))
         progress = stack.enter_context(Progress(console, n_before=job.n_events))
         job.learn(stop, progress)
@@ -120,7 +122,6 @@ class _Run:
         self._observer = observer
         self._folder = Path(config.output.folder)
         self._rows, self._checkpoint_every = _strides(config, source)
-        self._lock: PendingFile | None = None
         self._outputs: list[Output] = []
         self._can_go_on = False
 
@@ -136,7 +137,6 @@ class _Run:
         path = self._snapshot_path
         checkpoint = learner = None
         if path is not None:
-            self._lock = PendingFile(path)
             remove_leftovers(path)
             if self._fresh:
                 forget_unfinished_run(path)
@@ -384,8 +384,6 @@ class _Run:
 
     def __exit__(self, kind: type[BaseException] | None, _: object, __: TracebackType | None) -> None:
         if kind is None:
-            assert not self._outputs
-            self._release()
             return
         self._close()
         if self._can_go_on:
@@ -399,11 +397,6 @@ class _Run:
         """Leave what another start can go on with, or nothing."""
         for output in self._outputs:
             output.close(keep=self._can_go_on)
-        self._release()
-
-    def _release(self) -> None:
-        if self._lock is not None:
-            self._lock.discard()
 
 
 def _load(path: Path) -> OnlineEM:

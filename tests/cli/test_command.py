@@ -73,6 +73,17 @@ def start(*arguments, cwd, **streams):
     return subprocess.Popen([*COMMAND, *map(str, arguments)], cwd=cwd, env=ENVIRONMENT, text=True, **streams)
 
 
+def wait_until_idle(process):
+    """Wait until a process has nothing to do but to wait, as far as one can tell."""
+    status = Path(f"/proc/{process.pid}/stat")
+    seen = []
+    while len(seen) < 4 or len(set(seen[-4:])) > 1 or " S " not in seen[-1]:
+        time.sleep(0.25)
+        fields = status.read_text().split() if status.exists() else ["", "", "S"] + [""] * 12
+        # Its state, and how long it has run.
+        seen.append(f" {fields[2]} {fields[13]} {fields[14]}")
+
+
 def write_job(folder, **sections):
     # JSON is YAML.
     (folder / "job.yaml").write_text(json.dumps({**SMALL, **sections}))
@@ -528,8 +539,7 @@ class TestStopping:
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob("output/.*quarantine.jsonl")) and time.monotonic() < deadline:
             time.sleep(0.05)
-        # The signal may also come while the command still works off what was sent.
-        time.sleep(1)
+        wait_until_idle(process)
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
@@ -548,8 +558,18 @@ class TestStopping:
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob("output/.*quarantine.jsonl")) and time.monotonic() < deadline:
             time.sleep(0.05)
-        done = stream_em("run", "job.yaml", "source.path=events.parquet", cwd=tmp_path, code=1)
-        assert "model.arrow: another job is writing this file now" in done.stderr
+        for command in ("run", "fit"):
+            arguments = [
+                "source.path=events.parquet",
+                "output.quarantine=other.jsonl",
+                "output.scored_events=o.parquet",
+            ]
+            done = stream_em(command, "job.yaml", *arguments, cwd=tmp_path, code=1)
+            assert "model.arrow: another job is writing this file now" in done.stderr
+        done = stream_em(
+            "run", "job.yaml", "source.path=events.parquet", "output.snapshot=o.arrow", cwd=tmp_path, code=1
+        )
+        assert "quarantine.jsonl: another job is writing this file now" in done.stderr
         process.kill()
         process.wait()
         process.stdin.close()
