@@ -304,12 +304,13 @@ class AdaptiveComponents:
         return since >= self.recent_events * (1 if alarm else state.wait)
 
     def _remember(self, state: StructureState, piece: Batch, log_prob: Array, n_events: int) -> StructureState:
+        if piece.weight is not None:
+            told = np.flatnonzero(piece.weight)
+            piece, log_prob = piece.select(told), log_prob[told]
         state = replace(state, recent=_newest(state.recent, piece, self.recent_events))
         if state.threshold is None:
             return state
         chosen = log_prob < state.threshold
-        if piece.weight is not None:
-            chosen &= piece.weight > 0.0
         n_poor = int(np.count_nonzero(chosen))
         state = replace(state, n_poor=state.n_poor + n_poor)
         if not (n_poor and self.births):
@@ -383,7 +384,7 @@ class _Check:
     def _pays_for_all(self, candidate: Statistics) -> bool:
         """Whether a candidate is better for all that is remembered, going by the recent events."""
         weight, recent_weight = self.statistics.total_weight, float(_weight_of(self.recent).sum())
-        gain = self._gain(candidate, self.recent, self.log_prob) * weight / max(recent_weight, 1e-300)
+        gain = self._gain(candidate, self.recent, self.log_prob) * weight / recent_weight
         return self._pays(candidate, gain, weight)
 
     def _death(self) -> Statistics | None:

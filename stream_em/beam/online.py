@@ -633,12 +633,12 @@ def _merged(start: OnlineEM, initial: Learner | None, learners: Iterable[OnlineE
     `OnlineEM.merge` takes two equal states for one state merged twice; those of two shards may well be equal.
     """
     told: list[Learner] = [*([] if initial is None else [initial]), *learners]
-    statistics = reduce(Statistics.merge, [one.statistics for one in told if one.statistics is not None])
+    statistics = reduce(Statistics.merge_by_id, [one.statistics for one in told if one.statistics is not None])
     n_events = sum(one.n_events for one in told)
     parameters = start.parameters
     if initial is not None or n_events >= start.first_m_step:
         assert start.schema is not None
-        parameters = start.model.bind(start.schema).m_step(statistics)
+        parameters = start._m_step(start.model.bind(start.schema), statistics)
     merged = OnlineEM(
         start.model,
         schema=start.schema,

@@ -15,6 +15,7 @@ from apache_beam.testing.util import assert_that, equal_to
 from apache_beam.transforms.window import FixedWindows, TimestampedValue
 
 from stream_em import (
+    AdaptiveComponents,
     BatchEM,
     Categorical,
     Gaussian,
@@ -473,6 +474,25 @@ def test_a_merge_of_shards_is_that_of_learners():
         stamped = [TimestampedValue(event, 1.0 + row) for row, event in enumerate(events)]
         dealt = pipeline | beam.Create(stamped) | beam.Map(lambda one: one)
         check((dealt | GlobalUpdate(initial, shards=3, batch_size=50, merge_every=1_000.0)).snapshots, check_merged)
+
+
+def test_shards_whose_components_differ_are_merged_by_id():
+    initial = OnlineEM(MODEL, schedule=Harmonic(), schema=SCHEMA, structure=AdaptiveComponents())
+    initial.update(readings(2_000, 20))
+    # Each shard meets the new clusters for itself, and gives what it makes of them ids of its own.
+    events = [one for pair in zip(readings(4_000, 21), readings(4_000, 22, shift=40.0)) for one in pair]
+
+    def check_merged(snapshots):
+        ((_, _, merged),) = snapshots
+        ids = merged.parameters.component_ids.tolist()
+        assert merged.n_events == 10_000
+        assert {0, 1} < set(ids)
+        assert len(set(ids)) == len(ids) == len(merged.statistics.weights)
+        assert merged.parameters.weights.sum() == pytest.approx(1.0)
+
+    with beam.Pipeline("FnApiRunner") as pipeline:
+        outputs = pipeline | beam.Create(events) | GlobalUpdate(initial, shards=2, batch_size=100)
+        check(outputs.snapshots, check_merged)
 
 
 def test_shards_count_in_periods_without_events_of_theirs_and_may_be_alike():
