@@ -135,7 +135,7 @@ def score(snapshot: Path, config: Config, console: Console, *, read: Sequence[Pa
         quarantine = stack.enter_context(Quarantine(folder / output.quarantine))
         scored = stack.enter_context(open_scored_events(config, folder / output.scored_events, learner.schema))
         progress = stack.enter_context(Progress(console))
-        for chunk in stop.until(source.chunks(chunk_rows(source, config.learner.batch_size))):
+        for chunk in stop.until(source, chunk_rows(source, config.learner.batch_size)):
             set_aside(chunk.rejected, quarantine, config)
             if not len(chunk):
                 continue

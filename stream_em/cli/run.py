@@ -203,7 +203,7 @@ class _Run:
 
     def learn(self, stop: StopRequest, progress: Progress) -> None:
         """Score and learn the events that are left, until a stop is requested."""
-        for chunk in stop.until(self._source.chunks(self._rows, self.position)):
+        for chunk in stop.until(self._source, self._rows, self.position):
             self._learn_chunk(chunk, stop, progress)
             if not stop.requested and self._is_due(chunk):
                 self._make_checkpoint()

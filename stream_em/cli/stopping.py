@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
-from stream_em.sources import Chunk
+from stream_em.sources import Chunk, Position, Source
 
 
 class StopRequest:
     """Ctrl-C and a polite kill, heeded between batches.
 
-    A signal sets `requested`. Only while the job waits for its source does it also raise KeyboardInterrupt,
+    A signal sets `requested`. Only while the job waits for a live source does it also raise KeyboardInterrupt,
     since standard input may never say another word. A second signal interrupts whatever goes on.
     """
 
@@ -39,22 +38,19 @@ class StopRequest:
         if again or self._waiting:
             raise KeyboardInterrupt
 
-    @contextmanager
-    def _wait(self) -> Iterator[None]:
-        self._waiting = True
-        try:
-            yield
-        finally:
-            self._waiting = False
-
-    def until(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-        """Yield the chunks that come until a stop is requested."""
+    def until(self, source: Source, rows: int, after: Position | None = None) -> Iterator[Chunk]:
+        """Yield the chunks of a source, see there, that come until a stop is requested."""
+        chunks = source.chunks(rows, after)
         while not self.requested:
             try:
-                with self._wait():
-                    chunk = next(chunks, None)
+                self._waiting = source.live
+                chunk = next(chunks, None)
             except KeyboardInterrupt:
+                if not source.live:
+                    raise
                 return
+            finally:
+                self._waiting = False
             if chunk is None:
                 return
             yield chunk

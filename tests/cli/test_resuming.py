@@ -188,7 +188,7 @@ class TestStopped:
         wanted = scored(tmp_path / "undisturbed")
         n_stopped = 0
         half = whole.seconds / 2
-        for at_call, after in ((9, None), (None, half), (12, None), (None, half), (14, None), (None, None)):
+        for at_call, after in ((9, None), (12, None), (None, half), (14, None), (None, half), (None, None)):
             end = stream_em("run", "job.yaml", cwd=tmp_path, at_call=at_call, after=after, number=number)
             assert end.code == 0, end.text
             if "stopped by" not in end.text:
