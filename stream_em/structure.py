@@ -160,7 +160,12 @@ class AdaptiveComponents:
     which are the merge of the two; its loss is estimated from the recent events, at the weight of all that the learner
     remembers. The parts of a split, and a newborn component, are fitted to every other recent or poorly explained
     event, and judged by those in between, at the weight of no more than these. So merges as well as splits are made
-    only when the evidence is clear, and do not undo each other.
+    only when the evidence is clear, and do not undo each other. The expected log-likelihood of complete events, which
+    needs no events at all, would not do: it takes doubt about the component of an event for a loss, and so joins
+    components that overlap.
+
+    The published experiment is `Mixture(Gaussian(), 30)` with `schedule=Constant(1 / 150)`, `batch_size=1` and
+    `structure=AdaptiveComponents(births=False, merges=False, splits=False)`.
 
     References
     ----------
@@ -370,6 +375,9 @@ class _Check:
 
     def _pays(self, candidate: Statistics, gain: float, weight: float) -> bool:
         """Whether so much log-likelihood gained over events of this weight outweighs the change in message length."""
+        if candidate.weights.min() <= _taken(self.bound, candidate) < self.statistics.weights.min():
+            # A new component would be so light that it died at once.
+            return False
         before, after = (
             _message_length(one.weights * (weight / one.total_weight), self.half_parameters)
             for one in (self.statistics, candidate)
