@@ -359,6 +359,36 @@ def replay(
         consumer.close()
 
 
+def ends(config: Mapping[str, Any], topic: str) -> dict[int, int]:
+    """Return the offset that the next message of each partition will have.
+
+    Raises
+    ------
+    ValueError
+        When there is no such topic.
+    ConnectionError
+        When no broker answers.
+
+    """
+    return {one.partition: one.stop for one in find_partitions(config, topic, "earliest", "latest")}
+
+
+def messages_since(config: Mapping[str, Any], topic: str, since: Mapping[int, int]) -> Iterator[KafkaMessage]:
+    """Read what has come to a topic since it had these `ends`, as far as Kafka still holds it.
+
+    Raises
+    ------
+    ValueError
+        When there is no such topic.
+    ConnectionError
+        When no broker answers.
+
+    """
+    held = find_partitions(config, topic, "earliest", "latest")
+    ranges = [one._replace(start=max(one.start, since.get(one.partition, one.start))) for one in held]
+    yield from replay(config, ranges, {})
+
+
 def follow(
     config: Mapping[str, Any], topic: str, reached: Mapping[int, int], index: int, rows: int, max_wait: float
 ) -> Iterator[list[KafkaMessage]]:
@@ -604,7 +634,7 @@ class TopicWriter:
         except kafka.KafkaException as error:
             raise no_answer(config, error) from error
 
-    def write(self, key: bytes, value: bytes) -> None:
+    def write(self, key: bytes, value: bytes, headers: Sequence[tuple[str, bytes]] = ()) -> None:
         """Hand a message over; it waits where too many wait already.
 
         Raises
@@ -615,7 +645,7 @@ class TopicWriter:
         """
         while True:
             try:
-                self._producer.produce(self._topic, value, key, on_delivery=self._delivered)
+                self._producer.produce(self._topic, value, key, on_delivery=self._delivered, headers=list(headers))
                 break
             except BufferError:
                 self._producer.poll(_WAIT)

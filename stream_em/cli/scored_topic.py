@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,16 +12,19 @@ from typing import Any
 import pyarrow as pa
 
 from stream_em.cli.outputs import Committed, OutputError, ScoredRows, plain
-from stream_em.kafka import TopicWriter
+from stream_em.kafka import TopicWriter, ends, messages_since
 from stream_em.sources import Chunk, SourceError
+
+# Header of each message: the run that has sent it, and partition and number of the event.
+_HEADER = "stream_em"
 
 
 class ScoredTopic:
     """A Kafka topic of JSON objects: each event with `component`, `log_prob` and, on request, responsibilities.
 
     The key of a message is the place of its event: `payments[3]@1742` for partition and offset in a topic, and
-    `payments.parquet@1742` for a position in files. What is committed is held by Kafka. What was sent after the last
-    commit of a job that was killed is sent again when the job goes on, under the same keys.
+    `payments.parquet@1742` for a position in files. What is committed is held by Kafka. A job that goes on after it was
+    killed looks up in the topic what it has sent since its last commit, and does not send that again.
 
     Parameters
     ----------
@@ -56,10 +60,30 @@ class ScoredTopic:
         self.count: int = 0 if after is None else after["count"]
         self.left_out: Counter[str] = Counter()
         self._prefix = prefix
-        try:
+        self._config = dict(config)
+        self._topic = topic
+        # Others may write to the topic, even scores of the same events.
+        self._run: str = secrets.token_hex(8) if after is None else after["run"]
+        # The last event of each partition that was sent, or needed not to be.
+        self._reached: dict[int, int] = {} if after is None else dict(after["reached"])
+        with self._told():
             self._writer = TopicWriter(config, topic)
-        except (ValueError, ConnectionError) as error:
-            raise OutputError(f"{self.name}: {error}") from error
+            # Where to look, after a kill, for what is not to be sent again.
+            self._since = ends(config, topic) if after is None else dict(after["ends"])
+            sent = set() if after is None else set(self._sent_since())
+        self._sent = self._ahead(sent)
+
+    def _sent_since(self) -> Iterator[tuple[int, int]]:
+        own = f"{self._run} ".encode()
+        for message in messages_since(self._config, self._topic, self._since):
+            for name, value in message.headers:
+                if name == _HEADER and value is not None and value.startswith(own):
+                    partition, number = value.removeprefix(own).split()
+                    yield int(partition), int(number)
+
+    def _ahead(self, places: set[tuple[int, int]]) -> set[tuple[int, int]]:
+        """Those that this run has not come to yet."""
+        return {place for place in places if place[1] > self._reached.get(place[0], -1)}
 
     def add(self, scored: ScoredRows) -> None:
         """Send some events, with null for the answers that are unknown.
@@ -75,8 +99,8 @@ class ScoredTopic:
         """
         answers = {name: values.tolist() for name, values in scored.answers(self._prefix).items()}
         with self._told():
-            for number, event in enumerate(_events(scored)):
-                row = int(scored.kept[number])
+            for at, event in enumerate(_events(scored)):
+                row = int(scored.kept[at])
                 for name in answers.keys() & event.keys():
                     if not self.count:
                         raise SourceError(
@@ -84,20 +108,34 @@ class ScoredTopic:
                             "the scores under other names"
                         )
                     self.left_out[name] += 1
-                known = not scored.unknown[number]
-                event |= {name: values[number] if known else None for name, values in answers.items()}
-                self._writer.write(_bytes(_place(scored.chunk, row)), _bytes(_json(event)))
+                known = not scored.unknown[at]
+                event |= {name: values[at] if known else None for name, values in answers.items()}
+                key, partition, number = _place(scored.chunk, row)
+                self._reached[partition] = number
+                if (partition, number) not in self._sent:
+                    header = (_HEADER, f"{self._run} {partition} {number}".encode())
+                    self._writer.write(_bytes(key), _bytes(_json(event)), [header])
         self.count += len(scored)
 
     def commit(self) -> Committed:
         """Return when Kafka holds everything."""
         with self._told():
             self._writer.flush()
-        return {"count": self.count}
+            # To come by all of them may take more than one checkpoint: they need not come in the order they had.
+            self._sent = self._ahead(self._sent)
+            if not self._sent:
+                self._since = ends(self._config, self._topic)
+        return {
+            "count": self.count,
+            "run": self._run,
+            "reached": list(self._reached.items()),
+            "ends": list(self._since.items()),
+        }
 
     def publish(self) -> None:
         """Return when Kafka holds everything: it has been there for others all along."""
-        self.commit()
+        with self._told():
+            self._writer.flush()
 
     def close(self, *, keep: bool) -> None:
         """Forget what is not sent yet: it is not committed, and comes again if the job goes on."""
@@ -108,7 +146,9 @@ class ScoredTopic:
     def _told(self) -> Iterator[None]:
         try:
             yield
-        except ConnectionError as error:
+        except SourceError:
+            raise
+        except (ValueError, RuntimeError, ConnectionError) as error:
             raise OutputError(f"{self.name}: {error}") from error
 
 
@@ -120,12 +160,13 @@ def _events(scored: ScoredRows) -> list[dict[str, Any]]:
     return events
 
 
-def _place(chunk: Chunk, row: int) -> str:
+def _place(chunk: Chunk, row: int) -> tuple[str, int, int]:
+    """Key of an event, its partition, 0 where there are none, and its number there."""
     path = chunk.path_of(row)
     if chunk.offsets is None:
-        return f"{path}@{chunk.index[row]}"
+        return f"{path}@{chunk.index[row]}", 0, int(chunk.index[row])
     partition, offset = chunk.offsets[row].tolist()
-    return f"{path}[{partition}]@{offset}"
+    return f"{path}[{partition}]@{offset}", partition, offset
 
 
 def _json(event: dict[str, Any]) -> str:
