@@ -162,7 +162,7 @@ def test_the_market_is_scored_before_it_is_learned() -> None:
     shifted = slice(40 * choosing.A_DAY, 41 * choosing.A_DAY)
     for found in (
         choosing.follow(events, {"window": 7 * choosing.A_DAY}, seed=0),
-        choosing.refit(events, 7, seed=0),
+        choosing.refit(events, 7, 7, seed=0),
     ):
         assert found.log_prob.shape == (len(events),)
         # The day of the shift comes as a surprise, whatever is learned from it afterwards.
