@@ -267,6 +267,16 @@ class TestBadEvents:
         ]
         np.testing.assert_allclose(scores[0], scores[1], rtol=1e-9)
 
+    def test_endless_reasons_are_counted_together(self, tmp_path):
+        lines = [json.dumps({"x": float(i % 9)} | ({f"y{i}": 1.0} if i % 2 else {})) for i in range(3000)]
+        (tmp_path / "events.jsonl").write_text("\n".join(lines))
+        write_job(
+            tmp_path, source={"path": "events.jsonl"}, schema={"fields": {"x": "numeric"}}, output={"picture": None}
+        )
+        done = stream_em("run", "job.yaml", cwd=tmp_path)
+        assert "1,500 events could not be used and are in quarantine:\n  500 × others\n" in done.stdout
+        assert "and 996 more reasons" in done.stdout
+
     def test_raise_stops_at_the_first_and_leaves_nothing(self, bad):
         folder, _ = bad
         done = stream_em("run", "job.yaml", "output.on_error=raise", "output.folder=strict", cwd=folder, code=1)
@@ -376,6 +386,22 @@ class TestNothingIsOverwritten:
             done = stream_em(command, "job.yaml", *arguments, "source.format=parquet", cwd=job)
             assert done.stdout.count("not read, since this job writes them: data/output/scored.parquet\n") == 1
             assert "600 events" in done.stdout
+
+
+class TestRolledFiles:
+    def test_each_holds_the_events_up_to_a_checkpoint_and_those_of_an_earlier_job_go(self, tmp_path):
+        (tmp_path / "data").mkdir()
+        pq.write_table(events(), tmp_path / "data" / "events.parquet")
+        write_job(tmp_path, source={"path": "data", **SOURCE}, output={"picture": None, "folder": "data/output"})
+        for roll, rows in ((500, [500] * 6), (1000, [1000] * 3), (1100, [1500] * 2)):
+            options = ["output.checkpoint_every=500", f"output.roll_events={roll}"]
+            done = stream_em("run", "job.yaml", *options, cwd=tmp_path)
+            assert "wrote data/output/scored-*.parquet" in done.stdout
+            files = sorted((tmp_path / "data" / "output").glob("*.parquet"))
+            assert [path.name for path in files] == [f"scored-{i:06}.parquet" for i in range(1, len(rows) + 1)]
+            tables = [pq.read_table(path) for path in files]
+            assert [table.num_rows for table in tables] == rows
+            assert pa.concat_tables(tables).select(events().column_names).equals(events())
 
 
 class TestHalfCharacters:
