@@ -27,9 +27,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stream_em import (
+    AdaptiveComponents,
     Batch,
     BatchEM,
     Constant,
+    ExpandingTruncations,
     Field,
     Gaussian,
     HalfLife,
@@ -346,6 +348,20 @@ def online(model: Mixture | None = None, **options: Any) -> list[float]:
     return [float(learner.log_prob(EVENTS).mean())]
 
 
+def adaptive(**given: Any) -> list[float]:
+    structure = AdaptiveComponents(**{"recent_events": 100, "tail": 0.2, **given})
+    learner = OnlineEM(Mixture(Gaussian("diag"), 2), structure=structure, warm_up=100, batch_size=50)
+    learner.update(EVENTS).update(-EVENTS)
+    return [float(learner.log_prob(EVENTS).mean())]
+
+
+def shaken(truncation: ExpandingTruncations | None) -> list[float]:
+    learner = OnlineEM(Mixture(Gaussian(), 3), truncation=truncation, warm_up=100, batch_size=50).update(EVENTS)
+    for _ in range(2):
+        learner.update(np.full((50, 3), 1e5))
+    return [float(learner.log_prob(EVENTS).mean())]
+
+
 def few_events(**options: Any) -> list[float]:
     learner = OnlineEM(Mixture(Gaussian(), 3), schema=NUMERIC, initial_parameters=START, **options)
     return [float(learner.update(EVENTS[:25]).log_prob(EVENTS).mean())]
@@ -385,6 +401,8 @@ HYPERPARAMETERS: dict[type, dict[str, tuple[Callable[..., list[float]], Any, Any
         "initial_parameters": (lambda **given: online(schema=NUMERIC, **given), None, START),
         "first_m_step": (few_events, 20, 30),
         "window": (online, None, 300),
+        "structure": (online, None, AdaptiveComponents()),
+        "truncation": (shaken, None, ExpandingTruncations()),
         "averaging": (online, False, True),
         "seed": (lambda **given: online(Mixture(Gaussian("spherical"), 12), **given), 0, 1),
     },
@@ -425,7 +443,22 @@ HYPERPARAMETERS: dict[type, dict[str, tuple[Callable[..., list[float]], Any, Any
         "offset": (lambda offset: online(schedule=RobbinsMonro(offset=offset)), 0.0, 5.0),
     },
     Constant: {"value": (lambda value: online(schedule=Constant(value)), 0.2, 0.5)},
-    HalfLife: {"half_life": (lambda half_life: online(schedule=HalfLife(half_life)), 0.1, 1.0)},
+    HalfLife: {
+        "half_life": (lambda half_life: online(schedule=HalfLife(half_life)), 0.1, 1.0),
+        "max_ahead": (lambda max_ahead: online(schedule=HalfLife(1.0, max_ahead)), None, 0.01),
+    },
+    AdaptiveComponents: {
+        "births": (adaptive, True, False),
+        "merges": (adaptive, True, False),
+        "splits": (adaptive, True, False),
+        "max_components": (adaptive, 2, 20),
+        "recent_events": (adaptive, 100, 200),
+        "tail": (adaptive, 0.05, 0.4),
+    },
+    ExpandingTruncations: {
+        "radius": (lambda radius: shaken(truncation=ExpandingTruncations(radius)), 100.0, 1e9),
+        "growth": (lambda growth: shaken(truncation=ExpandingTruncations(growth=growth)), 10.0, 1e9),
+    },
     Field: {
         "name": (lambda name: Schema([Field(name, "numeric")]).encode({"a": 1.0}).values.ravel().tolist(), "a", "b"),
         "kind": (lambda kind: in_batch(schema=Schema([*NUMERIC.fields[:2], Field("z", kind)])), "numeric", "count"),
