@@ -376,7 +376,7 @@ class _Run:
             "n_events": self.n_events,
             "n_quarantined": self._quarantine.count,
             "seconds": round(seconds, 3),
-            "mean_log_likelihood": history.shown_mean,
+            "mean_log_likelihood": history.mean,
             "effective_components": round(learner.effective_components, 2),
             "files": [str(path) for path in written],
         }
