@@ -14,7 +14,7 @@ from stream_em.cli.outputs import Committed
 from stream_em.sources import Position
 from stream_em.store import read_metadata
 
-_KEY = "job"
+_KEY = "checkpoint_of_run"
 _FORMAT = 1
 # What a job may change from one start to the next, since no event and no number depends on it.
 _FREE = (("output", "folder"), ("output", "picture"))
@@ -77,19 +77,19 @@ def unfinished_run(path: Path) -> Checkpoint | None:
     if not path.is_file():
         return None
     try:
-        job = read_metadata(path).get(_KEY)
+        stated = read_metadata(path).get(_KEY)
     except SnapshotError as error:
         raise DataError(
             f"{error}; it would be overwritten: give output.snapshot another name, or remove the file"
         ) from error
-    if job is None or job["finished"]:
+    if stated is None or stated["finished"]:
         return None
-    if job["format"] != _FORMAT:
+    if stated["format"] != _FORMAT:
         raise DataError(
-            f"{path}: holds an unfinished run of another version of this library (checkpoint format {job['format']}, "
+            f"{path}: holds an unfinished run of another version of this library (checkpoint format {stated['format']}, "
             f"this version reads {_FORMAT}); finish it with that version, or start it anew with --fresh"
         )
-    return Checkpoint(**job)
+    return Checkpoint(**stated)
 
 
 def forget_unfinished_run(path: Path) -> None:
