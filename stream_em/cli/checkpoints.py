@@ -86,8 +86,8 @@ def unfinished_run(path: Path) -> Checkpoint | None:
         return None
     if stated["format"] != _FORMAT:
         raise DataError(
-            f"{path}: holds an unfinished run of another version of this library (checkpoint format {stated['format']}, "
-            f"this version reads {_FORMAT}); finish it with that version, or start it anew with --fresh"
+            f"{path}: holds an unfinished run of another version of this library (its checkpoint has format "
+            f"{stated['format']}, this one reads {_FORMAT}); finish it with that version, or start anew with --fresh"
         )
     return Checkpoint(**stated)
 

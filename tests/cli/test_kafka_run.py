@@ -95,7 +95,7 @@ def wait_for(condition, process=None, seconds=60.0):
 def n_read(folder):
     """Events that the last snapshot knows of."""
     snapshot = folder / "out" / "model.arrow"
-    return read_metadata(snapshot)["job"]["position"]["index"] if snapshot.exists() else 0
+    return read_metadata(snapshot)["checkpoint_of_run"]["position"]["index"] if snapshot.exists() else 0
 
 
 def results(folder):
