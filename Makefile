@@ -46,6 +46,17 @@ lint: $(READY)  ## check style and types
 bench: $(READY)  ## measure speed and memory beside peers
 	$(BIN)/python -m benchmarks
 
+.PHONY: chaos soak fuzz
+
+chaos: $(READY)  ## do faults to running jobs and write what was seen into docs/reliability.md
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.chaos --write
+
+soak: $(READY)  ## learn 100 million events and write how flat memory and speed stay into docs/reliability.md
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.soak --write
+
+fuzz: $(READY)  ## open 100,000 mutated snapshots and write what became of them into docs/reliability.md
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.fuzz_snapshots --files 100000 --write
+
 river: $(RIVER_VERSIONS:%=$(VENV)-river-%/.ready)  ## run River's checks and ours on three versions of River
 	@for version in $(RIVER_VERSIONS); do \
 		echo "River $$version"; \

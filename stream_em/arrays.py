@@ -15,6 +15,8 @@ Arrays = dict[str, npt.NDArray[Any]]
 ROWS = pa.schema(
     [("name", pa.string()), ("type", pa.string()), ("shape", pa.list_(pa.int64())), ("data", pa.large_binary())]
 )
+# As Python objects rows take many times their bytes, so that they are not all made at once.
+ROWS_AT_ONCE = 1_000
 TYPES = {"float64": np.dtype("<f8"), "int64": np.dtype("<i8")}
 
 
@@ -57,9 +59,10 @@ def from_rows(rows: pa.RecordBatch) -> Arrays:
 
 def each_row(rows: pa.RecordBatch) -> Iterator[tuple[Any, Any, Any, Any]]:
     """Yield name, type, shape and bytes (a view) of each array; whatever is null is None."""
-    names, kinds, shapes, data = rows.columns
-    for row in range(rows.num_rows):
-        yield names[row].as_py(), kinds[row].as_py(), shapes[row].as_py(), data[row].as_buffer()
+    for start in range(0, rows.num_rows, ROWS_AT_ONCE):
+        names, kinds, shapes, data = rows.slice(start, ROWS_AT_ONCE).columns
+        content = (one.as_buffer() for one in data)
+        yield from zip(names.to_pylist(), kinds.to_pylist(), shapes.to_pylist(), content)
 
 
 def _array(name: Any, kind: Any, shape: Any, data: Any) -> npt.NDArray[Any]:

@@ -72,7 +72,8 @@ def save(learner: Learner, path: str | os.PathLike[str], *, metadata: Mapping[st
     """Write a learner to a file, all or nothing.
 
     The snapshot goes to a temporary file in the same folder, is flushed to disk, and is then renamed, so a
-    reader finds either the old one whole or the new one whole.
+    reader finds either the old one whole or the new one whole. There is no lock: of two that save to one file at a time
+    the last to rename wins. (Jobs of the command lock what they write.)
 
     Parameters
     ----------

@@ -11,8 +11,10 @@ from cases import CASES, Case, draw_batch
 
 from stream_em import (
     FIEM,
+    AdaptiveComponents,
     BatchEM,
     Constant,
+    ExpandingTruncations,
     Gaussian,
     HalfLife,
     Incremental,
@@ -62,6 +64,12 @@ def learners() -> Iterator[tuple[str, Learner]]:
     yield "before-first-m-step", waiting.update(draw_batch(full, 10, 4))
     growing = OnlineEM(Mixture(Gaussian("diag"), 2), schema=Schema({"x": "numeric"}, unknown="add"), warm_up=10)
     yield "field-not-seen-yet", growing.update([{"x": float(i % 3), "y": None} for i in range(30)])
+    ahead = online(full, schedule=HalfLife(12.5, max_ahead=100.0))
+    yield "dates-ahead", ahead.update(draw_batch(full, 30, 4), time=np.r_[np.arange(61.0, 81.0), np.full(10, 1e6)])
+    adaptive = OnlineEM(Mixture(Gaussian("diag"), 4), structure=AdaptiveComponents(recent_events=200), warm_up=80)
+    clusters = np.random.default_rng(2).normal(size=(1_100, 2)) + 9.0 * np.arange(1_100)[:, None] % 27.0
+    yield "adaptive", adaptive.update(clusters)
+    yield "truncation", online(full, 120, truncation=ExpandingTruncations(), schedule=Constant(0.3))
     events = draw_batch(full, 120, 5)
     yield "batch", BatchEM(Mixture(Gaussian(), 3), max_iter=5).fit(events)
     yield "batch-product", BatchEM(Mixture(mixed.family, 3), max_iter=4).fit(draw_batch(mixed, 60, 1, missing=0.2))

@@ -8,8 +8,8 @@ them all; the others are a few bytes between row groups.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -68,21 +68,23 @@ class SegmentedParquet:
 
     def write(self, table: pa.Table, row_group_size: int) -> None:
         """Write rows, as row groups of no more than so many."""
-        if self._writer is None:
-            self._file = pa.OSFile(str(self._path), "ab")
-            # The writer wants a file without content. Wherever this one seems to be, it appends, and then knows its
-            # true place again: all offsets are those in the whole file.
-            os.lseek(_descriptor(self._file, self._path), 0, os.SEEK_SET)
-            self._writer = pq.ParquetWriter(self._file, self._schema, use_dictionary=self._repeating)
-        self._writer.write_table(table, row_group_size=row_group_size)
+        with _named(self._path):
+            if self._writer is None:
+                self._file = pa.OSFile(str(self._path), "ab")
+                # The writer wants a file without content. Wherever this one seems to be, it appends, and then knows its
+                # true place again: all offsets are those in the whole file.
+                os.lseek(_descriptor(self._file, self._path), 0, os.SEEK_SET)
+                self._writer = pq.ParquetWriter(self._file, self._schema, use_dictionary=self._repeating)
+            self._writer.write_table(table, row_group_size=row_group_size)
 
     def end_segment(self) -> None:
         """End the segment in hand, if there is one."""
         if self._writer is not None and self._file is not None:
-            self._writer.close()
-            self._writer = None
-            self.ends.append(self._file.tell())
-            self._file.close()
+            with _named(self._path):
+                self._writer.close()
+                self._writer = None
+                self.ends.append(self._file.tell())
+                self._file.close()
 
     def finish(self) -> None:
         """Make a readable file of the segments."""
@@ -106,6 +108,16 @@ class SegmentedParquet:
             self._writer.is_open = False
             self._writer = None
             self._file.close()
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Have errors of the system name the file, which Arrow's do not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def _descriptor(file: pa.OSFile, path: Path) -> int:
