@@ -231,9 +231,8 @@ class AdaptiveComponents:
         kept: tuple[MixtureParameters, npt.NDArray[np.bool_]] | None = None,
     ) -> MixtureParameters:
         """Return the M-step of a bound model with the prior of this structure on the weights."""
-        taken = _taken(bound, statistics)
-        total = statistics.total_weight
-        weights = np.maximum(statistics.weights - taken, LEAST_SHARE_OF_WEIGHT * max(total, 1.0))
+        least = LEAST_SHARE_OF_WEIGHT * statistics.total_weight or 1.0
+        weights = np.maximum(statistics.weights - _taken(bound, statistics), least)
         return replace(bound.m_step(statistics, kept=kept), weights=weights / np.add.reduce(weights))
 
     def prune(self, bound: Mixture, statistics: Statistics) -> Statistics:

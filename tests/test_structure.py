@@ -307,7 +307,12 @@ def test_components_outlive_a_silence() -> None:
     events = _clusters([[0.0, 0.0], [9.0, 0.0], [0.0, 9.0]], 2_000, 1)
     learner.update(events, time=np.arange(2_000.0))
     assert learner.parameters.n_components == 3
-    learner.update(events[:10], time=np.full(10, 5_000.0))
+    assert learner.statistics is not None
+    weights = learner.parameters.weights
+    faded = learner.statistics.discount_to(5_000.0)
+    assert faded.total_weight < 1e-5
+    np.testing.assert_allclose(PRUNING.m_step(learner.model.bind(learner.schema), faded).weights, weights, atol=0.1)  # type: ignore[arg-type]
+    learner.update(events[:5], time=np.full(5, 5_000.0))
     assert learner.parameters.n_components == 3
 
 
