@@ -194,7 +194,8 @@ class TestForEver:
             job.wait(timeout=60)
         job = start(tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         assert "going on after" in job.stdout.readline()
-        wait_for(lambda: n_messages(cluster, scored) == 5_881, job)
+        # What was sent before the kill is not sent again, but learned again.
+        wait_for(lambda: n_messages(cluster, scored) == 5_881 and n_read(tmp_path) == 6_000, job)
         job.terminate()
         out, err = job.communicate(timeout=60)
         assert job.returncode == 0, err
