@@ -496,8 +496,9 @@ class _Check:
         return statistics if statistics.total_weight > 2.0 * self.half_parameters else None
 
     def _with_newborn(self, newborn: Statistics, span: float) -> Statistics:
-        remembered = self.statistics.total_weight / span
-        return self._with(self.statistics, newborn, [self._new_id(newborn)], remembered)
+        """Return the statistics with a newborn component, whose weight the others give up in equal shares."""
+        others = self.statistics.scale(1.0 - newborn.total_weight / span)
+        return self._with(others, newborn, [self._new_id(newborn)], self.statistics.total_weight / span)
 
     def _with(self, others: Statistics, new: Statistics, ids: list[int], factor: float) -> Statistics:
         """Return the statistics of the others and of new components with these ids, their weight times a factor."""

@@ -71,13 +71,15 @@ def _clusters(centers: Any, n_events: int, seed: int, scale: float = 1.0) -> np.
 
 def test_a_new_cluster_is_born_with_an_id_of_its_own() -> None:
     structure = AdaptiveComponents(merges=False, splits=False)
-    learner = OnlineEM(Mixture(Gaussian(), 2), structure=structure, batch_size=100, seed=1)
+    learner = OnlineEM(Mixture(Gaussian(), 2), structure=structure, schedule=Harmonic(), batch_size=100, seed=1)
     learner.update(_clusters([[0.0, 0.0], [8.0, 0.0]], 5_000, 1))
     assert learner.structure_changes.births == 0
     common, rare = _clusters([[0.0, 0.0], [8.0, 0.0]], 8_000, 2), _clusters([[4.0, 30.0]], 160, 3)
     mixed = np.concatenate([common, rare])[np.random.default_rng(4).permutation(8_160)]
     learner.update(mixed)
-    assert learner.structure_changes.births == 1
+    assert learner.structure_changes == (1, 0, 0, 0)
+    assert learner.statistics is not None
+    assert learner.statistics.total_weight == pytest.approx(learner.n_events)
     newborn = learner.predict(np.array([[4.0, 30.0]]))[0]
     assert newborn >= 2**32
     center = learner.marginals()[0][learner.parameters.component_ids == newborn][0]
