@@ -31,8 +31,10 @@ from stream_em.sources import Chunk, Rejection, SourceError
 # read; more cost memory.
 ROW_GROUP = 65_536
 
-# Different reasons, and different fields, that are counted by themselves: hostile events may bring any number.
+# Different reasons, and different fields, that are counted by themselves, and characters by which they differ: hostile
+# events may bring any number.
 _MOST_COUNTED = 1_000
+_LONGEST_COUNTED = 200
 _OTHERS = "others"
 
 # Bytes by whose digest the end of a file is known again.
@@ -407,8 +409,9 @@ class Quarantine(_OfOneJob):
         self._file.discard(keep=keep)
 
 
-def _count(counter: Counter[str], key: str, number: int = 1) -> None:
-    counter[key if key in counter or len(counter) < _MOST_COUNTED else _OTHERS] += number
+def _count(counter: Counter[str], key: str) -> None:
+    key = key[:_LONGEST_COUNTED]
+    counter[key if key in counter or len(counter) < _MOST_COUNTED else _OTHERS] += 1
 
 
 class ScoredEvents(_OfOneJob):
