@@ -129,6 +129,10 @@ def open_consumer(config: Mapping[str, Any]) -> Any:
         "group.id": "stream-em",
         # How soon the broker says that there is nothing more, milliseconds.
         "fetch.wait.max.ms": 100,
+        # Fetched ahead of each partition. librdkafka's own are five times as many, and when they are there a pause of a
+        # second, in which they run out.
+        "queued.min.messages": 20_000,
+        "fetch.queue.backoff.ms": 20,
     }
     own = {"enable.auto.commit": False, "enable.partition.eof": True, "auto.offset.reset": "error"}
     return client_library().Consumer({**defaults, **config, **own}, logger=_log)
