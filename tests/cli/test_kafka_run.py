@@ -58,10 +58,10 @@ def payments(n, seed=0):
     return ["{" if number % 50 == 7 else json.dumps(event) for number, event in enumerate(events)]
 
 
-def write_job(folder, cluster, topic, *, source=None, output=None, **learner):
+def write_job(folder, cluster, topic, *, source=None, output=None, time=None, **learner):
     kafka = {"bootstrap_servers": cluster.servers, "topic": topic, **(source or {})}
     job = {
-        "source": {"kafka": kafka, "exclude": ["id"]},
+        "source": {"kafka": kafka, "exclude": ["id"], "time": time},
         "schema": {"fields": {"x": "numeric", "y": "numeric"}},
         "model": {"n_components": 3},
         "learner": {"batch_size": 100, "warm_up": 300, **learner},
@@ -119,11 +119,11 @@ def scored_ids(folder):
     return [row["id"] for row in scored_rows(folder)]
 
 
-def fill(cluster, topic, events, partitions=2):
-    """Deal events to partitions, in lots of different sizes."""
+def fill(cluster, topic, events, partitions=2, made_at=None):
+    """Deal events to partitions, in lots of different sizes; their messages may be made at another time than now."""
     for number in range(partitions):
         share = [event for position, event in enumerate(events) if min(position % 5, partitions - 1) == number]
-        cluster.produce(topic, number, share)
+        cluster.produce(topic, number, share, None if made_at is None else [made_at] * len(share))
 
 
 def messages(cluster, topic):
@@ -346,12 +346,17 @@ class TestWatching:
 
     def test_a_job_tells_how_it_is(self, mock, tmp_path):
         topic = mock.topic()
-        write_job(tmp_path, mock, topic, source={"max_wait": 0.1}, output={"checkpoint_every": 100})
+        source = {"max_wait": 0.1, "timestamp_field": "made"}
+        schedule = {"kind": "half_life", "half_life": 3_600.0}
+        write_job(
+            tmp_path, mock, topic, source=source, output={"checkpoint_every": 100}, time="made", schedule=schedule
+        )
         (port,) = kafka_broker.free_ports(1)
         log = (tmp_path / "log").open("w+")
         watched = ("--metrics-port", str(port), "--stall-after", "2", "--log-format", "json")
         job = start(tmp_path, *watched, stdout=subprocess.PIPE, stderr=log)
-        fill(mock, topic, payments(1_000))
+        made_at = time.time() - 500.0
+        fill(mock, topic, payments(1_000), made_at=made_at)
         wait_for(lambda: n_read(tmp_path) == 1_000, job)
         status, text = self.ask(port, "/metrics")
         assert status == 200
@@ -362,6 +367,8 @@ class TestWatching:
         assert reason in text
         assert 'stream_em_component_weight{component="2"} 0.' in text
         assert "stream_em_snapshot_age_seconds 0." in text
+        (lag,) = re.findall(r"^stream_em_event_time_lag_seconds (\S+)$", text, re.M)
+        assert 500.0 <= float(lag) <= time.time() - made_at + 1.0
         # Red when the stream stalls, and green when it goes on.
         status, text = wait_for(lambda: [answer for answer in [self.ask(port, "/healthz")] if answer[0] != 200], job)[0]
         assert (status, "no event came for 2 seconds" in text) == (503, True)
