@@ -122,7 +122,7 @@ def one_by_one() -> Step:
 
     def step(start: int) -> None:
         for at, event in enumerate(pool):
-            learner.update({**event, f"field {start + at}": 1.0} if at % 100 == 0 else event)
+            learner.update({**event, f"field {start + at}": 1.0} if at % 10 == 0 else event)
 
     return step
 

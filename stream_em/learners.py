@@ -24,7 +24,7 @@ from stream_em.models import Mixture, MixtureParameters
 from stream_em.models.mixture import Posterior
 from stream_em.numerics import Array, check_whole, compiled_or_none
 from stream_em.schedules import LEAST_SHARE, Constant, HalfLife, Harmonic, RobbinsMonro, Schedule
-from stream_em.schema import OTHER, UNKNOWN_POLICIES, Batch, Schema, SchemaError, in_memory
+from stream_em.schema import OTHER, UNKNOWN_POLICIES, Batch, FieldCounts, Schema, SchemaError, in_memory
 from stream_em.seeding import Reservoir, concatenate
 from stream_em.seeding import seed as seed_parameters
 from stream_em.state import State, has_compiled_blocks, has_compiled_form
@@ -326,7 +326,8 @@ class OnlineEM(FittedMixture):
     Attributes
     ----------
     ignored_fields
-        Names of unknown fields that were ignored, with the number of events that held them.
+        Names of unknown fields that were ignored, with the number of events that held them; names beyond a thousand
+        are counted together.
 
     >>> from stream_em import Gaussian
     >>> generator = np.random.default_rng(0)
@@ -405,7 +406,7 @@ class OnlineEM(FittedMixture):
         self._clock = Clock()
         self._structure = StructureState()
         self._truncation = TruncationState()
-        self.ignored_fields: Counter[str] = Counter()
+        self.ignored_fields: Counter[str] = FieldCounts()
         self.origin = "" if initial_parameters is None else _origin(initial_parameters)
         self._known = State(iterate=initial_parameters)
         self._kernel: EventKernel | None = None
@@ -1002,7 +1003,8 @@ class OnlineEM(FittedMixture):
         grown = self if schema is self.schema else other
         merged = self._like(schema=schema, initial_parameters=grown._state.iterate)
         told = [_grown(one, schema) for one in (self, other) if one.statistics is not None]
-        merged.ignored_fields = self.ignored_fields + other.ignored_fields
+        merged.ignored_fields = FieldCounts(self.ignored_fields)
+        merged.ignored_fields.update(other.ignored_fields)
         merged.origin = self.origin
         merged._unseen = tuple(position for position in self._unseen if position in other._unseen)
         merged._clock = Clock(n_ahead=self.n_ahead + other.n_ahead)
@@ -1291,7 +1293,7 @@ class BatchEM(FittedMixture):
         self.converged = False
         self.halvings = 0
         self.n_events = 0
-        self.ignored_fields: Counter[str] = Counter()
+        self.ignored_fields: Counter[str] = FieldCounts()
         self.statistics: Statistics | None = None
         self.origin = ""
         self._initial_parameters = initial_parameters
@@ -1361,7 +1363,7 @@ class BatchEM(FittedMixture):
         self._bound, self._schema, self._parameters = bound, bound.schema, run.parameters
         self.statistics, self.history, self.converged = run.statistics, list(run.history), run.converged
         self.halvings = run.halvings
-        self.n_events, self.ignored_fields, self.origin = n_events, Counter(ignored_fields or {}), run.origin
+        self.n_events, self.ignored_fields, self.origin = n_events, FieldCounts(ignored_fields or {}), run.origin
         return self
 
     def _read(
@@ -1384,7 +1386,7 @@ class BatchEM(FittedMixture):
         if weight is not None:
             raise SchemaError("sample weights of batches that are read come with each batch: encode it with its weight")
         n_events = n_told = 0
-        ignored_fields: Counter[str] = Counter()
+        ignored_fields: Counter[str] = FieldCounts()
         for chunk in source():
             if isinstance(chunk, Batch):
                 batch = chunk if schema is None or chunk.schema.extends(schema) else _adapted(chunk, schema)
@@ -1436,7 +1438,8 @@ class BatchEM(FittedMixture):
         merged = BatchEM(self.model, schema=schema, progress=self.progress, **options)
         merged.statistics = _grown(self, schema).merge(_grown(other, schema))
         merged.n_events = self.n_events + other.n_events
-        merged.ignored_fields = self.ignored_fields + other.ignored_fields
+        merged.ignored_fields = FieldCounts(self.ignored_fields)
+        merged.ignored_fields.update(other.ignored_fields)
         merged.origin = self.origin
         merged._parameters = merged._bound_model().m_step(merged.statistics)
         return merged

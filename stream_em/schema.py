@@ -12,7 +12,7 @@ from decimal import Decimal
 from fractions import Fraction
 from functools import cached_property
 from operator import itemgetter
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +42,10 @@ EXPECTED: dict[str, str] = {
 }
 
 EXPECTED_WEIGHT = f"a finite weight >= 0 (0, or from {SMALLEST_SAMPLE_WEIGHT:g} to {LARGEST_VALUE:g})"
+
+# Unknown fields that are counted by name, and what the others are counted under.
+MOST_NAMES = 1_000
+OTHER_FIELDS = "(other fields)"
 
 # Code of every category outside the vocabulary. It is 0 so that the codes of known categories never move
 # when the vocabulary grows.
@@ -84,6 +88,24 @@ class EventError(ValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return EventError, (self.index, self.field, self.value, self.expected)
+
+
+class FieldCounts(Counter[str]):
+    """Events by the name of a field; names beyond a thousand are pooled, since a stream may bring new ones for ever.
+
+    >>> counts = FieldCounts({f"field {number}": 1 for number in range(1_500)})
+    >>> len(counts), counts[OTHER_FIELDS], counts.total()
+    (1001, 500, 1500)
+
+    """
+
+    pool: ClassVar[str] = OTHER_FIELDS
+
+    def update(self, names: Iterable[str] | Mapping[str, int] | None = None, /, **more: int) -> None:  # type: ignore[override]
+        """Count events with these fields."""
+        for name, count in Counter(names, **more).items():
+            known = name in self or len(self) < MOST_NAMES
+            self[name if known else self.pool] += count
 
 
 @dataclass(frozen=True)

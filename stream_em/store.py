@@ -12,7 +12,6 @@ import json
 import math
 import os
 import secrets
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -32,7 +31,7 @@ from stream_em.methods import FIEM, Incremental, Method, VarianceReduced
 from stream_em.models import Mixture, MixtureParameters
 from stream_em.numerics import LARGEST_VALUE, SMALLEST_WEIGHT
 from stream_em.schedules import Constant, HalfLife, Harmonic, RobbinsMonro, Schedule
-from stream_em.schema import Batch, Field, Schema
+from stream_em.schema import Batch, Field, FieldCounts, Schema
 from stream_em.seeding import concatenate
 from stream_em.snapshot_file import read_rows, write_rows
 from stream_em.state import State
@@ -117,7 +116,7 @@ def save(learner: Learner, path: str | os.PathLike[str], *, metadata: Mapping[st
 
 
 def remove_leftovers(path: str | os.PathLike[str]) -> None:
-    """Remove the temporary files of those who were killed while they saved to a file; nobody may be saving to it now."""
+    """Remove the temporary files of those who were killed while saving to a file; nobody may be saving to it now."""
     target = Path(path).resolve()
     for temporary in target.parent.glob(f".{glob.escape(target.name)}.*.pending"):
         temporary.unlink()
@@ -509,7 +508,7 @@ def _learner_of(header: dict[str, Any], arrays: Arrays) -> Learner:
             learner._buffer = [_events_of(schema, arrays, "buffer")]
     else:
         raise ValueError(f"unknown kind of learner {header['kind']!r}")
-    learner.ignored_fields = Counter({str(name): _whole(count) for name, count in header["ignored_fields"].items()})
+    learner.ignored_fields = FieldCounts({name: _whole(count) for name, count in header["ignored_fields"].items()})
     learner.origin = str(header["origin"])
     return learner
 

@@ -9,6 +9,8 @@ import pytest
 
 from stream_em import Constant, Gaussian, HalfLife, Mixture, NotFittedError, OnlineEM, RobbinsMonro
 from stream_em.schedules import Schedule
+from stream_em.schema import MOST_NAMES, OTHER_FIELDS
+from stream_em.store import from_bytes, to_bytes
 
 
 def numbers(n_events: int, center: float, seed: int) -> np.ndarray:
@@ -137,3 +139,15 @@ def test_a_lowered_warm_up_ends_with_the_next_event() -> None:
 def test_weights_that_nothing_can_have_are_not_forgotten_to(wrong: float) -> None:
     with pytest.raises(ValueError, match="weight must be finite and >= 0"):
         learner_of().forget(wrong)
+
+
+def test_unknown_fields_beyond_a_thousand_are_counted_together() -> None:
+    learner = OnlineEM(Mixture(Gaussian(), 1), unknown="ignore", warm_up=5).update(dicts(10, 0.0, 0))
+    fork = learner.fork()
+    for number, event in enumerate(dicts(1_500, 0.0, 1)):
+        learner.update({**event, f"field {number}": 1.0})
+        fork.update([{**event, f"other {number}": 1.0}])
+    for one in (learner, fork, from_bytes(to_bytes(learner)), learner.merge(fork)):
+        assert len(one.ignored_fields) == MOST_NAMES + 1
+    assert learner.ignored_fields[OTHER_FIELDS] == 500
+    assert learner.merge(fork).ignored_fields.total() == 3_000

@@ -12,18 +12,18 @@ import pyarrow.compute as pc
 
 from stream_em.families import Family, Product, kind_for
 from stream_em.learners import OnlineEM
-from stream_em.schema import Batch, Field, Kind, Schema, SchemaError, _is_missing
+from stream_em.schema import Batch, Field, FieldCounts, Kind, Schema, SchemaError, _is_missing
 
 # A new feature joins once it has had this many values: one value says nothing of its spread.
 SUPPORT = 10
 
-# New features whose values are kept at a time, and ignored ones that are counted by name.
-MOST_NEWCOMERS, MOST_NAMES = 1_000, 1_000
+# New features whose values are kept at a time.
+MOST_NEWCOMERS = 1_000
 OTHER_FEATURES = "(other features)"
 
 
-class IgnoredFeatures(Counter[str]):
-    """Events in which features were ignored, by feature; warns of the first one and pools the names beyond a thousand.
+class IgnoredFeatures(FieldCounts):
+    """Events in which features were ignored, by feature; warns of the first one.
 
     >>> with warnings.catch_warnings(record=True) as caught:
     ...     warnings.simplefilter("always")
@@ -35,6 +35,8 @@ class IgnoredFeatures(Counter[str]):
 
     """
 
+    pool = OTHER_FEATURES
+
     def __init__(self, counts: Mapping[str, int] | None = None) -> None:
         super().__init__()
         dict.update(self, counts or {})
@@ -42,18 +44,14 @@ class IgnoredFeatures(Counter[str]):
     def update(self, names: Iterable[str] | Mapping[str, int] | None = None, /, **more: int) -> None:  # type: ignore[override]
         """Count events with these features."""
         counts = Counter(names, **more)
-        if not counts:
-            return
-        if not self:
+        if counts and not self:
             shown = ", ".join(map(repr, list(counts)[:3]))
             warnings.warn(
                 f"features that are not in the model are ignored, the first of them {shown}; they are counted in "
                 "`ignored_features`, and this is not said again",
                 stacklevel=2,
             )
-        for name, count in counts.items():
-            known = name in self or len(self) < MOST_NAMES
-            self[name if known else OTHER_FEATURES] += count
+        super().update(counts)
 
 
 class Features:

@@ -37,7 +37,8 @@ from stream_em import (
 )
 from stream_em.families import FamilyError
 from stream_em.river import MixtureAnomalyDetector, MixtureClusterer, MixtureTransformer
-from stream_em.river.features import MOST_NAMES, MOST_NEWCOMERS, OTHER_FEATURES, SUPPORT
+from stream_em.river.features import MOST_NEWCOMERS, OTHER_FEATURES, SUPPORT
+from stream_em.schema import MOST_NAMES
 
 ESTIMATORS = [MixtureClusterer, MixtureAnomalyDetector, MixtureTransformer]
 Event = dict[Any, Any]
