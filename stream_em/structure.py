@@ -287,12 +287,14 @@ class AdaptiveComponents:
             return pruned, state
         assert log_prob is not None
         state = self._remember(state, piece, log_prob, n_events)
-        if state.recent is None or not self._due(state, n_events):
+        recent = state.recent
+        # After a merge, or a long warm-up, many events have been learned of which few are held to judge by.
+        if recent is None or recent.n_events < self.recent_events or not self._due(state, n_events):
             return pruned, state
         if pruned is not statistics:
             iterate = self.m_step(bound, pruned)
         generator = np.random.default_rng([random_seed, n_events])
-        check = _Check(self, bound, pruned, iterate, state, state.recent, n_events, generator)
+        check = _Check(self, bound, pruned, iterate, state, recent, n_events, generator)
         moved, state = check.move()
         return moved, replace(
             state,

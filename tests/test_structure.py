@@ -260,6 +260,17 @@ def test_forks_with_different_births_merge() -> None:
     assert len(set(merged.predict(np.array(centers)).tolist())) == 4
 
 
+def test_a_few_events_do_not_judge_all_that_was_learned_before_they_came() -> None:
+    centers = [[0.0, 0.0], [9.0, 0.0], [0.0, 9.0]]
+    options: dict[str, Any] = {"structure": AdaptiveComponents(), "batch_size": 1, "seed": 1}
+    # After the warm-up none of its events is held, and of what merged learners remember there is none either.
+    warm = OnlineEM(Mixture(Gaussian(), 3), warm_up=2_000, **options).update(_clusters(centers, 2_000, 1))
+    merged = warm.merge(warm.fork().update(_clusters(centers, 500, 2)))
+    for learner in (warm, merged):
+        learner.update(_clusters(centers[:1], 5, 3))
+        assert learner.parameters.n_components == 3
+
+
 def test_what_is_dead_in_one_lives_with_the_statistics_of_the_other() -> None:
     schema = Schema({"x0": "numeric"})
     model = Mixture(Gaussian(), 2).bind(schema)
