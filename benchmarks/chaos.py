@@ -115,7 +115,7 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
 
 def killed(folder: Path, small: bool) -> Fault:
     """SIGKILL, again and again."""
-    n_kills, n_events = (6, 20_000) if small else (200, 100_000)
+    n_kills, n_events = (6, 20_000) if small else (200, 40_000)
     lines = _lines(n_events, seed=8)
     for position in range(1_500, n_events, 100):
         lines[position] = b"{"

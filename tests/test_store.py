@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import json
 import pickle
+import struct
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +35,8 @@ from stream_em import (
 )
 from stream_em.families import specification_of_family
 from stream_em.schedules import Schedule
-from stream_em.store import FORMAT_VERSION, HEADER_KEY, from_bytes, to_bytes
+from stream_em.snapshot_file import read_rows
+from stream_em.store import DIGEST_KEY, FORMAT_VERSION, HEADER_KEY, digest_of, from_bytes, to_bytes
 
 NUMBERS = np.random.default_rng(1).normal(size=(120, 3))
 
@@ -400,3 +405,90 @@ def test_zero_rows_with_a_new_field_during_the_warm_up_can_be_saved() -> None:
     again = from_bytes(to_bytes(learner))
     assert again.schema == learner.schema
     assert np.isfinite(again.log_prob({"x": 1.0, "y": 2.0})).all()
+
+
+# Memory
+
+
+def peak_of_opening(content: bytes) -> int:
+    """Bytes taken, by Python, NumPy and Arrow, while a snapshot is opened, be it to be refused."""
+    pool, usual = pa.proxy_memory_pool(pa.system_memory_pool()), pa.default_memory_pool()
+    pa.set_memory_pool(pool)
+    tracemalloc.start()
+    try:
+        with suppress(SnapshotError):
+            from_bytes(content)
+        return int(tracemalloc.get_traced_memory()[1]) + int(pool.max_memory())
+    finally:
+        tracemalloc.stop()
+        pa.set_memory_pool(usual)
+
+
+def with_rows(rows: pa.RecordBatch, **options: Any) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, rows.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
+        writer.write_batch(rows)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize("compression", ["lz4", "zstd"])
+def test_compressed_buffers_are_refused_before_they_unpack(content: bytes, compression: str) -> None:
+    schema = read_rows(content).schema
+    zeros = pa.record_batch(
+        [["zeros"], ["float64"], [[2**21]], pa.array([bytes(2**24)], pa.large_binary())], schema=schema
+    )
+    packed = with_rows(zeros, compression=compression)
+    assert len(packed) < 2**18
+    with pytest.raises(SnapshotError, match="compressed"):
+        from_bytes(packed)
+    assert peak_of_opening(packed) < 2**20
+
+
+def test_columns_that_share_their_bytes_are_refused(content: bytes) -> None:
+    schema = read_rows(content).schema
+    # The name has as many bytes as the data; then the buffer of the data is said to be that of the name, and left out.
+    text = b"a" * (8 * 8_191)
+    rows = pa.record_batch(
+        [[text.decode()], ["float64"], [[8_191]], pa.array([text], pa.large_binary())], schema=schema
+    )
+    file = with_rows(rows)
+    size = list(pa.ipc.MessageReader.open_stream(pa.py_buffer(file)[8:]))[1].body.size
+    last = file.rindex(text)
+    small = bytearray(file[:last] + file[last + len(text) :])
+    length, before, after = (struct.pack("<q", one) for one in (len(text), size, size - len(text)))
+    name, data = (at for at in range(0, small.index(text), 8) if small[at : at + 8] == length)
+    small[data - 8 : data] = small[name - 8 : name]
+    shared = bytes(small).replace(before, after)
+    assert len(shared) < 1.2 * len(text)
+    with pytest.raises(SnapshotError, match="share their bytes"):
+        from_bytes(shared)
+
+
+@pytest.mark.parametrize(
+    ("family", "n_fields"), [(Gaussian("tied"), 120), (Gaussian("full"), 60), (Gaussian("diag"), 400)]
+)
+def test_no_more_than_ten_times_the_file_is_taken(family: Gaussian, n_fields: int) -> None:
+    events = np.random.default_rng(0).normal(size=(300, n_fields))
+    learner = OnlineEM(Mixture(family, n_fields // 2), warm_up=200).update(events)
+    content = to_bytes(learner)
+    # Beside a megabyte for the learner itself.
+    assert peak_of_opening(content) < 10 * len(content) + 2**20
+
+
+def test_headers_of_nothing_but_lists_are_neither_written_nor_read(content: bytes) -> None:
+    lists = {"lists": [[]] * 100_000}
+    with pytest.raises(SnapshotError, match="longer lists"):
+        to_bytes(online(CASES["poisson"]), metadata=lists)
+    header = read_rows(content).schema.metadata[HEADER_KEY].decode()
+    forged = rewritten(content, header.replace('"metadata": {}', f'"metadata": {json.dumps(lists)}'))
+    with pytest.raises(SnapshotError, match="lists and objects"):
+        from_bytes(forged)
+
+
+def test_an_array_that_stands_there_twice_is_refused(content: bytes) -> None:
+    rows = read_rows(content)
+    twice = pa.Table.from_batches([rows, rows]).combine_chunks().to_batches()[0]
+    header = rows.schema.metadata[HEADER_KEY]
+    signed = twice.replace_schema_metadata({HEADER_KEY: header, DIGEST_KEY: digest_of(header, twice)})
+    with pytest.raises(SnapshotError, match="name of its own"):
+        from_bytes(with_rows(signed))
