@@ -183,14 +183,11 @@ def find_partitions(
             ranges.append(_range(topic, partition, earliest, latest, start, stop))
         return ranges
     except kafka.KafkaException as error:
-        raise no_answer(config, error) from error
+        raise ConnectionError(
+            f"no answer from the Kafka brokers at {config['bootstrap.servers']} ({error.args[0].str()})"
+        ) from error
     finally:
         consumer.close()
-
-
-def no_answer(config: Mapping[str, Any], error: Any) -> ConnectionError:
-    """Return the error to raise for a KafkaException that means that no broker was reached."""
-    return ConnectionError(f"no answer from the Kafka brokers at {config['bootstrap.servers']} ({error.args[0].str()})")
 
 
 def partition_numbers(client: Any, topic: str, timeout: float) -> list[int]:
@@ -363,22 +360,8 @@ def replay(
         consumer.close()
 
 
-def ends(config: Mapping[str, Any], topic: str) -> dict[int, int]:
-    """Return the offset that the next message of each partition will have.
-
-    Raises
-    ------
-    ValueError
-        When there is no such topic.
-    ConnectionError
-        When no broker answers.
-
-    """
-    return {one.partition: one.stop for one in find_partitions(config, topic, "earliest", "latest")}
-
-
 def messages_since(config: Mapping[str, Any], topic: str, since: Mapping[int, int]) -> Iterator[KafkaMessage]:
-    """Read what has come to a topic since it had these `ends`, as far as Kafka still holds it.
+    """Read what has come to a topic since it had these ends, by partition, as far as Kafka still holds it.
 
     Raises
     ------
@@ -618,6 +601,11 @@ class TopicWriter:
     topic
         Its name.
 
+    Attributes
+    ----------
+    ends
+        The offset after the last message of each partition: as it was at the start, and then after our own.
+
     Raises
     ------
     ValueError
@@ -633,10 +621,7 @@ class TopicWriter:
         self._producer = kafka.Producer({**defaults, **config, "enable.idempotence": True}, logger=_log)
         self._topic = topic
         self._failed: str | None = None
-        try:
-            partition_numbers(self._producer, topic, METADATA_TIMEOUT)
-        except kafka.KafkaException as error:
-            raise no_answer(config, error) from error
+        self.ends = {one.partition: one.stop for one in find_partitions(config, topic, "earliest", "latest")}
 
     def write(self, key: bytes, value: bytes, headers: Sequence[tuple[str, bytes]] = ()) -> None:
         """Hand a message over; it waits where too many wait already.
@@ -675,9 +660,11 @@ class TopicWriter:
         self._producer.purge()
         self._producer.flush(_WAIT)
 
-    def _delivered(self, error: Any, _: Any) -> None:
+    def _delivered(self, error: Any, message: Any) -> None:
         if error is not None:
             self._failed = error.str()
+        else:
+            self.ends[message.partition()] = message.offset() + 1
 
     def _check(self) -> None:
         if self._failed is not None:

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from stream_em.cli.outputs import Committed, OutputError, ScoredRows, plain
-from stream_em.kafka import TopicWriter, ends, messages_since
+from stream_em.kafka import TopicWriter, messages_since
 from stream_em.sources import Chunk, SourceError
 
 # Header of each message: the run that has sent it, and partition and number of the event.
@@ -69,7 +69,7 @@ class ScoredTopic:
         with self._told():
             self._writer = TopicWriter(config, topic)
             # Where to look, after a kill, for what is not to be sent again.
-            self._since = ends(config, topic) if after is None else dict(after["ends"])
+            self._since: dict[int, int] = dict(self._writer.ends if after is None else after["ends"])
             sent = set() if after is None else set(self._sent_since())
         self._sent = self._ahead(sent)
 
@@ -124,7 +124,7 @@ class ScoredTopic:
             # To come by all of them may take more than one checkpoint: they need not come in the order they had.
             self._sent = self._ahead(self._sent)
             if not self._sent:
-                self._since = ends(self._config, self._topic)
+                self._since = dict(self._writer.ends)
         return {
             "count": self.count,
             "run": self._run,
