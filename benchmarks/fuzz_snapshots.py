@@ -40,7 +40,7 @@ MEMORY_OF_A_LEARNER = 2**20
 MOST_TIMES_ITS_SIZE = 10
 # Seconds after which opening a file counts as a hang; one takes some milliseconds where nothing else is running.
 LONGEST = 60
-# Address space that a process of the fuzzer may take beyond what it has when it begins.
+# Address space that opening a file may take.
 ROOM = 2**29
 # A learner with more numbers than this is not asked to learn: it may, but it takes as long as it takes.
 MOST_NUMBERS = 200_000
@@ -204,7 +204,7 @@ def places(value: Any) -> Iterator[tuple[Any, Any]]:
 def changed(generator: np.random.Generator, value: Any) -> Any:
     """A value like this one, or nothing like it."""
     chance = generator.random()
-    if isinstance(value, (int, float)) and chance < 0.5:
+    if isinstance(value, (int, float)) and abs(value) < 1e300 and chance < 0.5:
         return value * (-1, 2, 10, 0.5, 1e9, 1e-9)[generator.integers(6)] + int(generator.integers(-1, 2))
     if isinstance(value, str) and chance < 0.3:
         return value[: int(generator.integers(len(value) + 1))] + str(generator.choice(["", "a", "/", "\x00"]))
@@ -348,7 +348,7 @@ def open_watched(content: bytes, watch: Watch) -> tuple[OnlineEM | BatchEM | Non
     tracemalloc.start()
     learner, wrong = None, []
     try:
-        with watch.watching() as seen:
+        with _little_room(), watch.watching() as seen:
             try:
                 learner = from_bytes(content)
             except SnapshotError:
@@ -407,16 +407,18 @@ def check(number: int, originals: Sequence[bytes], watch: Watch) -> tuple[str, b
 # Processes
 
 
-def work(first: int, last: int, step: int) -> None:
-    """Open some files in this process, with little room and little time; print a line for each one that goes wrong."""
+def prepare() -> tuple[list[bytes], Watch]:
+    """Open and use every original once: what is imported at the first use is no doing of a file's."""
     originals = bases()
-    watch = Watch()
     warnings.simplefilter("error")
     for content in originals:
-        # What is imported at the first use is no doing of a file's.
         check_use(from_bytes(content))
-        from_bytes(content)
-    _limit_memory()
+    return originals, Watch()
+
+
+def work(first: int, last: int, step: int) -> None:
+    """Open some files in this process, with little room and little time; print a line for each one that goes wrong."""
+    originals, watch = prepare()
     counts: Counter[str] = Counter()
     for number in range(first, last, step):
         print(json.dumps({"at": number}), flush=True)
@@ -429,14 +431,21 @@ def work(first: int, last: int, step: int) -> None:
     print(json.dumps({"counts": counts}), flush=True)
 
 
-def _limit_memory() -> None:
+@contextmanager
+def _little_room() -> Iterator[None]:
+    """Leave this process little more address space than it has; not every way to take memory is counted."""
     if sys.platform != "linux":
+        yield
         return
     import resource
 
+    usual = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    most = pages * resource.getpagesize() + ROOM
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM, usual[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, usual)
 
 
 def fuzz(files: int, processes: int, first: int = 0) -> tuple[Counter[str], list[dict[str, Any]]]:
@@ -482,7 +491,7 @@ def main() -> None:
     if arguments.only is not None:
         if arguments.keep:
             arguments.keep.write_bytes(mutated(arguments.only, bases())[1])
-        print(*check(arguments.only, bases(), Watch()))
+        print(*check(arguments.only, *prepare()))
         return
     start = time.monotonic()
     counts, failures = fuzz(arguments.files, arguments.processes, arguments.first)

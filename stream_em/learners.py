@@ -373,7 +373,7 @@ class OnlineEM(FittedMixture):
         check_whole(why=STEPS_NEED_EVENTS, batch_size=batch_size)
         check_whole(why=M_STEPS_NEED_EVENTS, warm_up=1 if warm_up is None else warm_up, first_m_step=first_m_step)
         check_whole(why=M_STEPS_NEED_EVENTS, window=1 if window is None else window)
-        check_whole(least=0, seed=seed)
+        check_whole(least=0, below=None, seed=seed)
         if unknown not in UNKNOWN_POLICIES:
             raise ValueError(f"unknown={unknown!r}, expected one of {', '.join(UNKNOWN_POLICIES)}")
         if initial_parameters is not None and schema is None:
@@ -895,7 +895,7 @@ class OnlineEM(FittedMixture):
 
         Encoding and checking a small array take longer than learning from it.
         """
-        if type(rows) is not np.ndarray or self._kernel is None or len(rows) > self._batch_size:
+        if self._kernel is None or type(rows) is not np.ndarray or rows.ndim != 2 or len(rows) > self._batch_size:
             return None
         kernel = self._kernel_with("blocks", has_compiled_blocks)
         if kernel is None or not kernel.schema.takes_as_is(rows):
@@ -1271,10 +1271,11 @@ class BatchEM(FittedMixture):
         seed: int = 0,
     ) -> None:
         check_whole(max_iter=max_iter, n_init=n_init, seed_events=seed_events, n_threads=n_threads)
-        check_whole(least=0, seed=seed)
-        if not tol >= 0.0:
+        check_whole(least=0, below=None, seed=seed)
+        if not 0.0 <= tol < math.inf:
             raise ValueError(
-                f"tol must be >= 0, got {tol!r}: no iteration of EM lowers the log-posterior, so it never gains less"
+                f"tol must be >= 0 and finite, got {tol!r}: no iteration of EM lowers the log-posterior, so it never "
+                "gains less"
             )
         if initial_parameters is not None and schema is None:
             raise ValueError("initial_parameters need the schema they are for")

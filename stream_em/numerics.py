@@ -37,12 +37,16 @@ SMALLEST_RELATIVE_PIVOT = 1e-13
 SMALLEST_FOR_LAPACK = 16
 
 
+# Whole numbers stay below this, so that any two may be added or divided as doubles or 64-bit integers.
+LARGEST_WHOLE = 2**62
+
+
 class NumericalError(ArithmeticError):
     """Raised when a covariance cannot be made positive definite."""
 
 
-def check_whole(*, least: int = 1, why: str = "", **given: Any) -> None:
-    """Check that named numbers are whole and at least `least`; `why` is the reason that an error gives.
+def check_whole(*, least: int = 1, below: int | None = LARGEST_WHOLE, why: str = "", **given: Any) -> None:
+    """Check that named numbers are whole and within a range; `why` is the reason that an error gives.
 
     Raises
     ------
@@ -51,7 +55,8 @@ def check_whole(*, least: int = 1, why: str = "", **given: Any) -> None:
 
     """
     for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if not whole or int(value) < least or (below is not None and int(value) >= below):
             reason = f": {why}" if why else ""
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}{reason}")
 

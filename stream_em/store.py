@@ -29,7 +29,7 @@ from stream_em.families.gaussian import pooled_moments
 from stream_em.learners import BatchEM, BatchRun, OnlineEM, _Average
 from stream_em.methods import FIEM, Incremental, Method, VarianceReduced
 from stream_em.models import Mixture, MixtureParameters
-from stream_em.numerics import LARGEST_VALUE, SMALLEST_WEIGHT
+from stream_em.numerics import LARGEST_VALUE, LARGEST_WHOLE, SMALLEST_WEIGHT
 from stream_em.schedules import Constant, HalfLife, Harmonic, RobbinsMonro, Schedule
 from stream_em.schema import Batch, Field, FieldCounts, Schema
 from stream_em.seeding import concatenate
@@ -42,6 +42,8 @@ from stream_em.truncation import ExpandingTruncations, TruncationState
 FORMAT_VERSION = 1
 HEADER_KEY = b"stream_em"
 DIGEST_KEY = b"stream_em_digest"
+# Random bytes in the name of a temporary file.
+TOKEN_BYTES = 8
 SCHEDULES: dict[str, type[Schedule]] = {
     "harmonic": Harmonic,
     "robbins_monro": RobbinsMonro,
@@ -96,7 +98,7 @@ def save(learner: Learner, path: str | os.PathLike[str], *, metadata: Mapping[st
     # What a link points to is replaced, not the link.
     target = Path(path).resolve()
     content = to_bytes(learner, metadata=metadata)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.pending")
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(TOKEN_BYTES)}.pending")
     try:
         with temporary.open("xb") as file:
             file.write(content)
@@ -118,7 +120,9 @@ def save(learner: Learner, path: str | os.PathLike[str], *, metadata: Mapping[st
 def remove_leftovers(path: str | os.PathLike[str]) -> None:
     """Remove the temporary files of those who were killed while saving to a file; nobody may be saving to it now."""
     target = Path(path).resolve()
-    for temporary in target.parent.glob(f".{glob.escape(target.name)}.*.pending"):
+    # Nothing longer, which may be the temporary file of another whose name begins with this one's.
+    token = "[0-9a-f]" * 2 * TOKEN_BYTES
+    for temporary in target.parent.glob(f".{glob.escape(target.name)}.{token}.pending"):
         temporary.unlink()
 
 
@@ -425,7 +429,7 @@ def _schema_of(specification: Mapping[str, Any]) -> Schema:
 
 
 def _whole(value: Any, least: int = 0) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**62:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < LARGEST_WHOLE:
         raise ValueError(f"expected a whole number of at least {least}, got {value!r}")
     return value
 
