@@ -715,7 +715,7 @@ class _CsvStream:
         self.stream = stream
 
     def pieces(self, rows: int, roles: Roles, after: Position) -> Iterator[Piece]:
-        index, line = after.get("index", 0), after.get("line", 1)
+        index, line = after.get("from", 0), after.get("line", 1)
         columns = _CsvColumns.at(after, roles)
         self.stream.skip(after)
         if columns is None:
@@ -740,7 +740,8 @@ class _CsvStream:
                     if len(one.cells) != len(names)
                 ],
             )
-            place = {**self.stream.taken(b"".join(one.raw for one in group)), "line": group[-1].line}
+            end = {"from": index + len(group), "line": group[-1].line}
+            place = {**self.stream.taken(b"".join(one.raw for one in group)), **end}
             # To be read again, they must be sent again.
             yield replace(columns.piece(block, self.name, names, index, place), begin=None)
             index += len(group)

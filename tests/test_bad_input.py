@@ -280,6 +280,7 @@ def test_bad_time(time: Any) -> None:
 @pytest.mark.parametrize(
     ("array", "reason"),
     [
+        (np.array(1.0), "two dimensions"),
         (np.zeros(3), "two dimensions"),
         (np.zeros((2, 2, 2)), "two dimensions"),
         (np.array([["a", "b"]]), "holds numbers"),
@@ -288,11 +289,13 @@ def test_bad_time(time: Any) -> None:
     ],
 )
 def test_bad_array(array: np.ndarray, reason: str) -> None:
-    made = OnlineEM(Mixture(Gaussian(), 1), schema=Schema({"x": "numeric", "y": "numeric"}))
-    before = to_bytes(made)
-    with pytest.raises(SchemaError, match=reason):
-        made.update(array)
-    assert to_bytes(made) == before
+    made = OnlineEM(Mixture(Gaussian(), 1), schema=Schema({"x": "numeric", "y": "numeric"}), warm_up=4)
+    for learned in (np.empty((0, 2)), np.arange(8.0).reshape(4, 2)):
+        made.update(learned).kernel()
+        before = to_bytes(made)
+        with pytest.raises(SchemaError, match=reason):
+            made.update(array)
+        assert to_bytes(made) == before
 
 
 def test_array_cannot_hold_categories() -> None:

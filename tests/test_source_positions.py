@@ -205,6 +205,14 @@ class TestStandardInput:
             assert [told(chunk) for chunk in again] == [told(chunk) for chunk in wanted[at + 1 :]]
             assert [chunk.after for chunk in again] == [chunk.after for chunk in wanted[at + 1 :]]
 
+    def test_the_same_stream_goes_on_before_any_event(self, content):
+        wanted = self.chunks(content, 40)
+        for index in (0, 7, 40, 55, 119, 229):
+            again = self.chunks(content, 40, plain(wanted[index // 40].position(index)))
+            found = [i for chunk in again for i in chunk.index.tolist()]
+            assert found == [i for chunk in wanted for i in chunk.index.tolist() if i >= index]
+            assert [told(chunk) for chunk in again[1:]] == [told(chunk) for chunk in wanted[index // 40 + 1 :]]
+
     def test_another_stream_is_refused(self, content):
         position = plain(self.chunks(content, 40)[1].after)
         for other in (content[1:], content[: position["offset"] - 1], b"", bytes([content[0] ^ 1]) + content[1:]):

@@ -36,7 +36,15 @@ from stream_em import (
 from stream_em.families import specification_of_family
 from stream_em.schedules import Schedule
 from stream_em.snapshot_file import read_rows
-from stream_em.store import DIGEST_KEY, FORMAT_VERSION, HEADER_KEY, digest_of, from_bytes, to_bytes
+from stream_em.store import (
+    DIGEST_KEY,
+    FORMAT_VERSION,
+    HEADER_KEY,
+    digest_of,
+    from_bytes,
+    remove_leftovers,
+    to_bytes,
+)
 
 NUMBERS = np.random.default_rng(1).normal(size=(120, 3))
 
@@ -374,6 +382,14 @@ def test_saving_changes_nothing_in_the_learner() -> None:
         to_bytes(learner)
         more = draw_batch(CASES["product"], 30, 4)
         assert to_bytes(learner.update(more)) == to_bytes(twin.update(more))
+
+
+def test_only_the_temporary_files_of_the_same_name_are_removed(tmp_path: Path) -> None:
+    own, other = (tmp_path / f".{name}.0123456789abcdef.pending" for name in ("model", "model.eu"))
+    own.touch()
+    other.touch()
+    remove_leftovers(tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == [other.name]
 
 
 class Harmful:
