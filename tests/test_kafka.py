@@ -185,6 +185,28 @@ class TestFollow:
         groups.close()
         assert sorted(places(full)) == [(0, 0), (0, 1), (0, 2), (1, 2)]
 
+    def test_members_of_a_group_that_come_and_go_take_nothing_away(self, cluster):
+        from confluent_kafka import Consumer
+
+        topic = cluster.topic()
+        groups = follow(cluster.config, topic, {0: 0, 1: 0}, 0, 10, max_wait=0.1)
+        # Of the very group that the client names, since it has to name one.
+        member = Consumer({**cluster.config, "group.id": "stream-em", "auto.offset.reset": "earliest"})
+        member.subscribe([topic])
+        until = time.monotonic() + 60
+        while not member.assignment() and time.monotonic() < until:
+            member.poll(0.05)
+        assert member.assignment()
+        for step in range(2):
+            for partition in range(2):
+                cluster.produce(topic, partition, texts(range(50)))
+            found = [message for group in gathered(groups, 100) for message in group]
+            here = range(50 * step, 50 * step + 50)
+            assert sorted(places(found)) == [(partition, offset) for partition in range(2) for offset in here]
+            if step == 0:
+                member.close()
+        groups.close()
+
     def test_a_partition_that_is_gone_is_told(self, mock):
         with pytest.raises(ValueError, match="has no partition 17 any more"):
             next(follow(mock.config, mock.topic(), {0: 0, 17: 5}, 0, 1, max_wait=1.0))
