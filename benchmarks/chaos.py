@@ -485,6 +485,39 @@ def _wait_until(condition: Callable[[], bool], job: subprocess.Popen[bytes]) -> 
         time.sleep(0.05)
 
 
+def two_writers(folder: Path, small: bool) -> Fault:
+    """A second job with the same outputs."""
+    pq.write_table(table_of(2_000), folder / "events.parquet")
+    write_job(folder, source={"path": "-", "format": "jsonl"})
+    lines = _lines(2_000)
+    with subprocess.Popen(
+        [*COMMAND, "run", "job.yaml"],
+        cwd=folder,
+        env=ENVIRONMENT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as job:
+        assert job.stdin is not None
+        job.stdin.write(b"\n".join(lines) + b"\n")
+        job.stdin.flush()
+        _wait_until((folder / "output" / ".pending-scored.parquet").exists, job)
+        second = run(folder, "source.path=events.parquet", "source.format=parquet")
+        assert second.returncode != 0, second.stdout
+        assert "Traceback" not in second.stderr, second.stderr
+        job.stdin.close()
+        assert job.wait(timeout=LONGEST) == 0
+    count = pq.read_metadata(folder / "output" / "scored.parquet").num_rows
+    assert count == len(lines), count
+    assert load(folder / "output" / "model.arrow").n_events == len(lines)
+    return Fault(
+        "a second job with the same output folder while the first runs",
+        "the second is refused, in one line; the first goes on undisturbed",
+        "the same of programs that call `save` themselves: the last of them wins, and each file is whole",
+        f"refused with “{' '.join(second.stderr.split())}”; the first scored {count:,} of {len(lines):,} events",
+    )
+
+
 def resident(process: int | str) -> float:
     """Megabytes of memory that a process holds now."""
     found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process}/status").read_text())
@@ -495,6 +528,7 @@ def resident(process: int | str) -> float:
 FAULTS: dict[str, Callable[[Path, bool], Fault]] = {
     "kills": killed,
     "disk": full_disk,
+    "writers": two_writers,
     "truncated": truncated_source,
     "malformed": malformed,
     "dates": wrong_dates,

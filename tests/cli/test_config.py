@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from stream_em import HalfLife
 from stream_em.cli.config import ConfigError, check_config, describe_keys, load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -174,3 +175,10 @@ def test_every_key_is_described():
     described = dict(describe_keys())
     assert all(text.strip(" .") for text in described.values())
     assert {"source.path", "learner.schedule.alpha", "output.on_error"} <= described.keys()
+
+
+@pytest.mark.parametrize(("options", "max_ahead"), [({}, 1_800.0), ({"max_ahead": 86_400.0}, 86_400.0)])
+def test_a_job_does_not_believe_every_date(options, max_ahead):
+    schedule = {"kind": "half_life", "half_life": 60.0, **options}
+    config = check_config({"source": {"path": "x.csv", "time": "t"}, "learner": {"schedule": schedule}})
+    assert config.learner.schedule.make() == HalfLife(60.0, max_ahead)
