@@ -1003,13 +1003,10 @@ class OnlineEM(FittedMixture):
         grown = self if schema is self.schema else other
         merged = self._like(schema=schema, initial_parameters=grown._state.iterate)
         told = [_grown(one, schema) for one in (self, other) if one.statistics is not None]
-        merged.ignored_fields = FieldCounts(self.ignored_fields)
-        merged.ignored_fields.update(other.ignored_fields)
+        for one in (self, other):
+            merged._count_with(one)
         merged.origin = self.origin
         merged._unseen = tuple(position for position in self._unseen if position in other._unseen)
-        merged._clock = Clock(n_ahead=self.n_ahead + other.n_ahead)
-        merged._structure = self._structure.merge(other._structure)
-        merged._truncation = self._truncation.merge(other._truncation)
         first, second = self._state, other._state
         state = replace(
             merged._state,
@@ -1023,6 +1020,14 @@ class OnlineEM(FittedMixture):
             state = replace(state, statistics=statistics, iterate=merged._parameters)
         merged._state = state
         return merged
+
+    def _count_with(self, other: OnlineEM | BatchEM) -> None:
+        """Count what another has ignored, not believed, changed and put back as well, and begin anew after it."""
+        self.ignored_fields.update(other.ignored_fields)
+        if isinstance(other, OnlineEM):
+            self._clock = Clock(n_ahead=self.n_ahead + other.n_ahead)
+            self._structure = self._structure.merge(other._structure)
+            self._truncation = self._truncation.merge(other._truncation)
 
     def fork(self) -> OnlineEM:
         """Return a learner with these parameters that has learned nothing yet, for another share of the events.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import reduce
@@ -646,5 +645,6 @@ def _merged(start: OnlineEM, initial: Learner | None, learners: Iterable[OnlineE
         **{name: getattr(start, name) for name in OnlineEM.OPTIONS},
     )
     merged.origin = start.origin
-    merged.ignored_fields = sum((one.ignored_fields for one in told), Counter())
+    for one in told:
+        merged._count_with(one)
     return merged.resume(statistics, n_events)

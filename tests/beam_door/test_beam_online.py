@@ -452,7 +452,9 @@ def test_a_global_model_by_merge_fits_as_well_as_one_learner(kind):
 
 def test_a_merge_of_shards_is_that_of_learners():
     events = readings(300, 18)
-    initial = OnlineEM(MODEL, schedule=HalfLife(100.0), schema=SCHEMA).update(readings(400, 19), time=np.zeros(400))
+    # One of the dates is far ahead of all others.
+    initial = OnlineEM(MODEL, schedule=HalfLife(100.0, max_ahead=1_000.0), schema=SCHEMA)
+    initial.update(readings(400, 19), time=np.where(np.arange(400) == 350, 1e9, 0.0))
     shards = [initial.fork() for _ in range(3)]
     for number, shard in enumerate(shards):
         shard.batch_size, shard.first_m_step = 50, 200
@@ -464,6 +466,7 @@ def test_a_merge_of_shards_is_that_of_learners():
     def check_merged(snapshots):
         ((_, time, merged),) = snapshots
         assert (time, merged.n_events, expected.n_events) == (1_000.0, 700, 700)
+        assert merged.n_ahead == expected.n_ahead == 1
         np.testing.assert_allclose(merged.statistics.weights, expected.statistics.weights, rtol=1e-12)
         np.testing.assert_allclose(merged.parameters.components.mean, expected.parameters.components.mean, rtol=1e-10)
         # It was forked from the same start, so it can be merged with others of it.
@@ -489,6 +492,7 @@ def test_shards_whose_components_differ_are_merged_by_id():
         assert {0, 1} < set(ids)
         assert len(set(ids)) == len(ids) == len(merged.statistics.weights)
         assert merged.parameters.weights.sum() == pytest.approx(1.0)
+        assert merged.structure_changes.births + merged.structure_changes.splits >= len(ids) - 2
 
     with beam.Pipeline("FnApiRunner") as pipeline:
         outputs = pipeline | beam.Create(events) | GlobalUpdate(initial, shards=2, batch_size=100)
