@@ -204,6 +204,13 @@ def report(console: Console, learner: OnlineEM | BatchEM, quarantine: Quarantine
     """Say what was learned, and what was left out."""
     console.print(component_table(learner))
     report_counts(console, quarantine, left_out, learner.ignored_fields)
+    if isinstance(learner, OnlineEM) and learner.n_ahead:
+        say(
+            console,
+            f"{learner.n_ahead:,} events were dated further ahead of the others than learner.schedule.max_ahead, and "
+            "were learned as if they had come with the newest of those",
+            "yellow",
+        )
 
 
 def report_counts(console: Console, quarantine: Quarantine, left_out: Counter[str], ignored: dict[str, int]) -> None:
@@ -214,8 +221,10 @@ def report_counts(console: Console, quarantine: Quarantine, left_out: Counter[st
             say(console, f"  {count:,} × {reason}")
         if len(quarantine.reasons) > 5:
             say(console, f"  and {len(quarantine.reasons) - 5} more reasons")
-    for name, count in ignored.items():
+    for name, count in Counter(ignored).most_common(5):
         say(console, f"field {name!r} is not in the schema and was ignored in {count:,} events", "yellow")
+    if len(ignored) > 5:
+        say(console, f"and so were {len(ignored) - 5:,} more fields", "yellow")
     for name, count in left_out.items():
         say(console, f"field {name!r} of {count:,} events has no place in the scored events", "yellow")
 

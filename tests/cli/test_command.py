@@ -724,6 +724,19 @@ class TestOptions:
         assert means[0] < 49
         assert means[1] == pytest.approx(50, abs=0.5)
 
+    def test_wrong_dates_are_counted_and_cost_nothing(self, tmp_path):
+        generator = np.random.default_rng(0)
+        n = 2000
+        time = np.arange(float(n))
+        time[100::100] += 1e9
+        table = pa.table({"x": generator.normal(size=n) + np.repeat([0.0, 50.0], n // 2), "t": time})
+        pq.write_table(table, tmp_path / "events.parquet")
+        schedule = "learner.schedule={kind: half_life, half_life: 100}"
+        write_job(tmp_path, source={"path": "events.parquet", "time": "t"}, output={"picture": None})
+        done = stream_em("run", "job.yaml", "model.n_components=1", schedule, cwd=tmp_path)
+        assert "19 events were dated further ahead" in " ".join(done.stdout.split())
+        assert load(tmp_path / "output" / "model.arrow").marginals()[0].item() == pytest.approx(50, abs=0.5)
+
     def test_families_by_kind_and_by_name(self, tmp_path):
         pq.write_table(events(), tmp_path / "events.parquet")
         fields = {"x": "numeric", "y": "numeric", "country": "category", "ok": "flag", "items": "count"}
