@@ -60,6 +60,9 @@ _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _SHARE_OF_NUMBERS = 0.9
 _NUMERIC_KINDS = ("numeric", "count", "duration")
 
+# Where they stand in the name of the only column, the cells are not separated as was assumed.
+_DELIMITERS = (";", "\t", "|", ",")
+
 # Longest event of a CSV file. Arrow parses block by block, and an event must fit into one; without an end, a
 # quote left open would take the rest of the file into memory.
 _CSV_BLOCK = 1 << 20
@@ -686,7 +689,7 @@ class _Csv:
                 stream = _open_binary(path)
             with stream:
                 delimiter = self.delimiter or ("\t" if ".tsv" in Path(path).suffixes else ",")
-                names, _ = _csv_header(stream, path, delimiter)
+                names, _ = _csv_header(stream, path, delimiter, assumed=self.delimiter is None)
                 if names is None:
                     continue
                 _check_columns(path, names, roles)
@@ -712,6 +715,7 @@ class _CsvStream:
         self.name = stream.name
         self.paths: Sequence[str] = [stream.name]
         self.delimiter = delimiter or ","
+        self.assumed = delimiter is None
         self.stream = stream
 
     def pieces(self, rows: int, roles: Roles, after: Position) -> Iterator[Piece]:
@@ -719,7 +723,7 @@ class _CsvStream:
         columns = _CsvColumns.at(after, roles)
         self.stream.skip(after)
         if columns is None:
-            names, header = _csv_header(self.stream, self.name, self.delimiter)
+            names, header = _csv_header(self.stream, self.name, self.delimiter, assumed=self.assumed)
             if names is None:
                 return
             _check_columns(self.name, names, roles)
@@ -770,8 +774,13 @@ class _CsvLine(NamedTuple):
     raw: bytes
 
 
-def _csv_header(stream: IO[bytes] | _Bytes, path: str, delimiter: str) -> tuple[list[str] | None, bytes]:
-    """Take the header off a stream: the names of the columns, None where there is nothing at all, and its bytes."""
+def _csv_header(
+    stream: IO[bytes] | _Bytes, path: str, delimiter: str, *, assumed: bool
+) -> tuple[list[str] | None, bytes]:
+    """Take the header off a stream: the names of the columns, None where there is nothing at all, and its bytes.
+
+    A delimiter that nobody has named, but that is `assumed`, must not leave one column whose name holds another.
+    """
     raw: list[bytes] = []
 
     def lines() -> Iterator[str]:
@@ -788,6 +797,13 @@ def _csv_header(stream: IO[bytes] | _Bytes, path: str, delimiter: str) -> tuple[
     with _reading(path, "CSV"):
         # The parser takes one line, or as many as a name in quotes has.
         names = next((cells for cells in csv.reader(lines(), delimiter=delimiter, strict=True) if cells), None)
+    if assumed and names is not None and len(names) == 1:
+        for other in _DELIMITERS:
+            if other != delimiter and other in names[0]:
+                raise SourceError(
+                    f"{path}: its only column would be {names[0]!r}; is delimiter={other!r} meant? "
+                    f"(delimiter={delimiter!r} says that it is right)"
+                )
     return names, b"".join(raw)
 
 

@@ -1,6 +1,7 @@
 """Sources: what is read, what is set apart, what is rejected, and what is refused."""
 
 import gzip
+import io
 import json
 import os
 import subprocess
@@ -460,6 +461,24 @@ def test_named_pipes_are_files_too(tmp_path):
     writer = subprocess.Popen([sys.executable, "-c", f"open({str(pipe)!r}, 'w').write('{{\"x\": 1}}\\n')"])
     assert only(open_source(pipe)).events == [{"x": 1}]
     assert writer.wait(timeout=20) == 0
+
+
+@pytest.mark.parametrize("name", ["events.csv", "-"])
+def test_another_delimiter_than_was_assumed_is_told(tmp_path, monkeypatch, name):
+    def opened(text, **options):
+        (tmp_path / "events.csv").write_text(text)
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        path = name if name == "-" else tmp_path / name
+        return open_source(path, format="csv", **options)
+
+    for text, other in (("x;y\n1;2\n", "';'"), ("x\ty\n1\t2\n", r"'\\t'")):
+        with pytest.raises(SourceError, match=f"only column would be .*; is delimiter={other} meant"):
+            list(opened(text).chunks())
+    # One column whose name is in quotes, and one that somebody has said to be right.
+    (chunk,) = opened('"x, y"\n1\n').chunks()
+    assert chunk.events.column_names == ["x, y"]
+    (chunk,) = opened("x;y\n1\n", delimiter=",").chunks()
+    assert chunk.events.column_names == ["x;y"]
 
 
 def test_wrong_arguments():
