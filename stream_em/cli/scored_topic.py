@@ -58,7 +58,7 @@ class ScoredTopic:
     ) -> None:
         self.name = f"kafka:{topic}"
         self.count: int = 0 if after is None else after["count"]
-        self.left_out: Counter[str] = Counter()
+        self.left_out: Counter[str] = Counter({} if after is None else after["left_out"])
         self._prefix = prefix
         self._config = dict(config)
         self._topic = topic
@@ -127,6 +127,7 @@ class ScoredTopic:
                 self._since = dict(self._writer.ends)
         return {
             "count": self.count,
+            "left_out": dict(self.left_out),
             "run": self._run,
             "reached": list(self._reached.items()),
             "ends": list(self._since.items()),

@@ -19,7 +19,10 @@ kafka_broker = pytest.importorskip("kafka_broker", reason="needs confluent-kafka
 
 from stream_em import load  # noqa: E402
 from stream_em.cli.config import ConfigError, load_config  # noqa: E402
+from stream_em.cli.outputs import ScoredRows  # noqa: E402
+from stream_em.cli.scored_topic import ScoredTopic  # noqa: E402
 from stream_em.kafka import find_partitions, replay  # noqa: E402
+from stream_em.sources import open_source  # noqa: E402
 from stream_em.store import read_metadata  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -297,6 +300,17 @@ class TestSink:
             "id": "699", "x": 6.0, "y": 6.0, "log_prob": 0.0, "component": 0
         }  # fmt: skip
         assert len(found) == 700
+
+    def test_values_that_were_left_out_stay_counted(self, mock, tmp_path):
+        (tmp_path / "events.jsonl").write_text('{"x": 1.0}\n{"x": 2.0, "component": 7}\n')
+        (chunk,) = open_source(tmp_path / "events.jsonl").chunks()
+        topic, committed = mock.topic(), None
+        for row in (0, 1, 1):
+            sink = ScoredTopic(mock.config, topic, after=committed)
+            answers = np.zeros(1, bool), np.zeros(1), np.zeros(1, np.int64)
+            sink.add(ScoredRows(chunk, np.array([row]), *answers, None, [0]))
+            committed = sink.commit()
+        assert sink.left_out == {"component": 2}
 
 
 class TestRefusals:
