@@ -147,18 +147,19 @@ def _extent(bound: Mixture, parameters: MixtureParameters, mean: Array, variance
     assert bound.schema is not None
     means, variances = bound.family.moments(parameters.components)
     deviation = np.sqrt(np.maximum(variance, np.finfo(np.float64).tiny))
+    deviations = np.sqrt(variances)
     extent = [1.0 / (parameters.n_components * float(parameters.weights.min()))]
     extent.append(float((np.abs(means - mean) / deviation).max()))
     ordered = np.array([field.kind != "category" for field in bound.schema.fields])
     if ordered.any():
-        ratio = (np.sqrt(variances) / deviation)[:, ordered]
+        ratio = (deviations / deviation)[:, ordered]
         extent += [float(ratio.max()), float(1.0 / ratio.min())]
     joint = np.flatnonzero(bound.family.joint_fields(len(mean)))
     if len(joint) > 1:
         correlations = np.repeat(np.eye(len(joint))[None], parameters.n_components, axis=0)
         for first, second in zip(*np.triu_indices(len(joint), 1)):
             covariance = bound.family.covariance(parameters.components, int(joint[first]), int(joint[second]))
-            scale = np.sqrt(variances[:, joint[first]] * variances[:, joint[second]])
+            scale = deviations[:, joint[first]] * deviations[:, joint[second]]
             correlations[:, first, second] = correlations[:, second, first] = covariance / scale
         smallest = float(np.linalg.eigvalsh(correlations).min())
         extent.append(smallest**-0.5 if smallest > 0.0 else math.inf)

@@ -85,6 +85,16 @@ def test_merged_learners_start_anew_and_count_on() -> None:
         merged.merge(other.update(np.zeros((5, 2))))
 
 
+@pytest.mark.parametrize("unit", [1e-95, 1e95])
+def test_the_unit_makes_no_difference(unit: float) -> None:
+    events = np.random.default_rng(1).normal(size=(600, 2))
+    # After the start the fields are the same.
+    events[300:, 1] = events[300:, 0]
+    options: dict[str, Any] = {"batch_size": 10, "truncation": ExpandingTruncations(2.0, 1.1), "seed": 0}
+    counts = [OnlineEM(Mixture(Gaussian(), 2), **options).update(events * factor).truncations for factor in (1.0, unit)]
+    assert 0 < counts[0] == counts[1]
+
+
 def test_without_a_warm_up_the_first_m_step_is_the_start() -> None:
     schema = Schema({"x0": "numeric"})
     model = Mixture(Gaussian(), 1).bind(schema)
