@@ -70,8 +70,8 @@ class EventError(ValueError):
     expected
         What would have been accepted.
 
-    >>> print(EventError(3, "amount", "12,50", "a finite number"))
-    event 3, field 'amount': got '12,50', expected a finite number
+    >>> print(EventError(3, "amount", "12,50", "a number"))
+    event 3, field 'amount': got '12,50', expected a number
 
     """
 
@@ -820,6 +820,11 @@ def _kind_of_column(name: str, type_: pa.DataType) -> Kind:
     raise SchemaError(f"column {name!r} has type {type_}, which is no number, string or boolean; convert or exclude it")
 
 
+def _expected_of_no_number(kind: Kind) -> str:
+    # How large a number may be is beside the point.
+    return "a number" if kind == "numeric" else EXPECTED[kind]
+
+
 def _encode_column(
     one: Field, column: pa.ChunkedArray, out: Array, errors: dict[int, EventError], extend: bool
 ) -> Field:
@@ -834,7 +839,7 @@ def _encode_column(
         for index, value in enumerate(column.to_pylist()):
             out[index] = np.nan
             if value is not None:
-                errors.setdefault(index, EventError(index, one.name, value, EXPECTED[one.kind]))
+                errors.setdefault(index, EventError(index, one.name, value, _expected_of_no_number(one.kind)))
         return one
     start = 0
     for chunk in column.chunks:
@@ -894,7 +899,7 @@ def _encode_objects(
             except (OverflowError, ValueError):
                 errors.setdefault(index, EventError(index, one.name, value, EXPECTED[one.kind]))
         elif not _is_missing(value):
-            errors.setdefault(index, EventError(index, one.name, value, EXPECTED[one.kind]))
+            errors.setdefault(index, EventError(index, one.name, value, _expected_of_no_number(one.kind)))
     return one
 
 

@@ -195,8 +195,10 @@ def nothing_usable(source: Source, quarantine: Quarantine) -> DataError:
     if not quarantine.count:
         return DataError(f"{source.name}: no event was learned from")
     reason, count = quarantine.reasons.most_common(1)[0]
+    example = "" if quarantine.first is None else f"; the first: {quarantine.first}"
     return DataError(
-        f"{source.name}: none of its {quarantine.count:,} events could be used; {count:,} of them because of {reason}"
+        f"{source.name}: none of its {quarantine.count:,} events could be used; {count:,} of them because of "
+        f"{reason}{example}"
     )
 
 

@@ -366,6 +366,8 @@ class Quarantine(_OfOneJob):
         Events written.
     reasons
         How many of them for which reason; those after the first thousand count as others.
+    first
+        The first of them that this process has set aside, as text, or None.
 
     """
 
@@ -374,6 +376,7 @@ class Quarantine(_OfOneJob):
         self.path = self._file.path
         self.count: int = 0 if after is None else after["count"]
         self.reasons: Counter[str] = Counter({} if after is None else after["reasons"])
+        self.first: str | None = None
 
     def add(self, rejection: Rejection) -> None:
         """Write one event."""
@@ -397,6 +400,8 @@ class Quarantine(_OfOneJob):
         # Half a character (an unpaired surrogate) has no UTF-8; replaced like this, it is an escape of JSON.
         self._file.stream.write(f"{text}\n".encode("utf-8", "backslashreplace"))
         self.count += 1
+        if self.first is None:
+            self.first = str(rejection)
         _count(self.reasons, f"{rejection.field}: {rejection.reason}" if rejection.field else rejection.reason)
 
     def commit(self) -> Committed:  # noqa: D102 - see `Output`

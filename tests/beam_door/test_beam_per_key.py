@@ -160,7 +160,7 @@ def test_what_cannot_be_used_is_told_and_nothing_else_is_lost() -> None:
         RejectedEvent({"key": "few"}, "key 'few' has 2 events with weight, fewer than the 3 components", 2)
     ]
     for number, reason in (
-        (1, "field 'x': got '?', expected a finite number"),
+        (1, "field 'x': got '?', expected a number"),
         (1, "expected at least one field with a value"),
         (6, "key: got None, expected a string"),
         (1, "key: got 1.5, expected a string"),

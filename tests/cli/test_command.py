@@ -306,6 +306,7 @@ class TestBadEvents:
         for command in ("run", "fit"):
             done = stream_em(command, "job.yaml", cwd=tmp_path, code=1)
             assert "none of its 20 events could be used; 20 of them because of y:" in done.stderr
+            assert "; the first: events.jsonl, event 0 (line 1), field 'y': 1.0: " in done.stderr
 
     def test_hard_but_legal_data(self, tmp_path):
         generator = np.random.default_rng(0)
