@@ -64,11 +64,26 @@ def open_job_source(
 def encode(
     encoder: OnlineEM | BatchEM | Schema, chunk: Chunk, span: slice | None = None, *, learning: bool = True
 ) -> Batch:
-    """Encode the events of a chunk, or a span of them; those that cannot be used are left out."""
+    """Encode the events of a chunk, or a span of them; those that cannot be used are left out.
+
+    Raises
+    ------
+    DataError
+        When the table of events has columns that the schema does not know and is not to ignore.
+
+    """
     start, stop, _ = (span or slice(None)).indices(len(chunk))
     events: Rows = chunk.events
     if (start, stop) != (0, len(chunk)):
         events = events[start:stop] if isinstance(events, list) else events.slice(start, stop - start)
+    schema = encoder if isinstance(encoder, Schema) else encoder.schema
+    if schema is not None and schema.unknown == "refuse" and not isinstance(events, list):
+        unknown = [name for name in events.column_names if name not in schema.names]
+        if unknown:
+            named = ", ".join(map(repr, unknown))
+            raise DataError(
+                f"{chunk.path_of(start)}: has columns that are no field of the schema: {named}; {_use_them(unknown)}"
+            )
     return encoder.encode(
         events,
         weight=None if chunk.weight is None or not learning else chunk.weight[start:stop],
@@ -78,12 +93,19 @@ def encode(
     )
 
 
-def explain(errors: Iterable[EventError], chunk: Chunk, config: Config, first_row: int = 0) -> list[Rejection]:
-    """Say which events of a chunk could not be encoded, and why; rows are counted from `first_row`."""
-    return [_explained(error, chunk, first_row + error.index, config) for error in errors]
+def _use_them(unknown: Sequence[str]) -> str:
+    """How a job can use events with these unknown fields."""
+    return f"to use such events, set source.exclude=[{', '.join(unknown)}] or schema.unknown=ignore"
 
 
-def _explained(error: EventError, chunk: Chunk, row: int, config: Config) -> Rejection:
+def explain(
+    errors: Iterable[EventError], schema: Schema, chunk: Chunk, config: Config, first_row: int = 0
+) -> list[Rejection]:
+    """Say which events of a chunk did not fit the schema, and why; rows are counted from `first_row`."""
+    return [_explained(error, schema, chunk, first_row + error.index, config) for error in errors]
+
+
+def _explained(error: EventError, schema: Schema, chunk: Chunk, row: int, config: Config) -> Rejection:
     field, value = error.field, error.value
     named = {"time": config.source.time, "weight": config.source.weight}
     column = named.get(field or "")
@@ -91,6 +113,9 @@ def _explained(error: EventError, chunk: Chunk, row: int, config: Config) -> Rej
         # The engine knows event time and weight by these names; the person knows the column.
         event = chunk.reject(row, None, None, "").event
         field, value = column, event.get(column) if isinstance(event, dict) else value
+    if field is not None and column is None and field not in schema.names:
+        # How many fields there are, and so how long that is, nobody knows: what to do comes first.
+        return chunk.reject(row, field, value, f"{_use_them([field])} (expected {error.expected})")
     return chunk.reject(row, field, value, f"expected {error.expected}")
 
 

@@ -80,7 +80,7 @@ def fit(config: Config, console: Console, *, read: Sequence[Path] = ()) -> None:
                     continue
                 batch = encode(schema, chunk)
                 if first is not None:
-                    set_aside(explain(batch.rejected, chunk, config), first, config)
+                    set_aside(explain(batch.rejected, batch.schema, chunk, config), first, config)
                 schema = batch.schema
                 n_read += batch.n_events
                 yield batch
@@ -140,7 +140,7 @@ def score(snapshot: Path, config: Config, console: Console, *, read: Sequence[Pa
             if not len(chunk):
                 continue
             batch = encode(learner, chunk, learning=False)
-            set_aside(explain(batch.rejected, chunk, config), quarantine, config)
+            set_aside(explain(batch.rejected, batch.schema, chunk, config), quarantine, config)
             if batch.n_events:
                 answers = Answers(chunk, responsibilities=output.responsibilities)
                 prediction = learner.score_events(batch)

@@ -442,13 +442,13 @@ def _mini_batches(learner: OnlineEM, chunk: Chunk, whole: Batch | None, config: 
         batch = None
         if whole is None and start < stop:
             batch = encode(learner, chunk, slice(start, stop))
-            rejected += explain(batch.rejected, chunk, config, start)
+            rejected += explain(batch.rejected, batch.schema, chunk, config, start)
         elif whole is not None:
             batch = _part(whole, start, stop)
             found = []
             while errors and errors[0].index < stop:
                 found.append(errors.popleft())
-            rejected += explain(found, chunk, config)
+            rejected += explain(found, whole.schema, chunk, config)
         yield _MiniBatch(batch, sorted(rejected, key=lambda one: one.index), stop, stop_index)
         start = stop
 

@@ -306,7 +306,7 @@ class TestBadEvents:
         for command in ("run", "fit"):
             done = stream_em(command, "job.yaml", cwd=tmp_path, code=1)
             assert "none of its 20 events could be used; 20 of them because of y:" in done.stderr
-            assert "; the first: events.jsonl, event 0 (line 1), field 'y': 1.0: " in done.stderr
+            assert "; the first: events.jsonl, event 0 (line 1), field 'y': 1.0: to use such" in done.stderr
 
     def test_hard_but_legal_data(self, tmp_path):
         generator = np.random.default_rng(0)
@@ -436,6 +436,7 @@ class TestNewFields:
     def test_refused(self, job):
         done = stream_em("run", "job.yaml", cwd=job)
         assert "400 events could not be used" in done.stdout
+        assert "y: to use such events, set source.exclude=[y] or schema.unknown=ignore (expected only" in done.stdout
         assert load(job / "output" / "model.arrow").n_events == 600
 
     def test_ignored(self, job):
@@ -521,9 +522,10 @@ class TestBadInput:
             (["run", "job.yaml", "source.path=empty.csv"], 1, "empty.csv: holds no events"),
             (["run", "job.yaml", "source.label=frod"], 1, "has no column 'frod'; did you mean 'fraud'?"),
             (
-                ["run", "job.yaml", "schema.unknown=refuse", "schema.fields={x: numeric}"],
+                ["run", "job.yaml", "schema.unknown=refuse", "schema.fields={x: numeric, y: numeric, ok: flag}"],
                 1,
-                "no field of the schema",
+                "events.parquet: has columns that are no field of the schema: 'country', 'items'; to use such events, "
+                "set source.exclude=[country, items] or schema.unknown=ignore",
             ),
             (
                 ["run", "job.yaml", "source.exclude=[id]", "source.path=scored.parquet"],
