@@ -34,6 +34,7 @@ from stream_em import Batch, Gaussian, HalfLife, Mixture, OnlineEM, load, save
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "stream_em.cli"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 # No job here takes this long; one that does hangs.
 LONGEST = 600.0
 DAY = 86_400.0
@@ -71,6 +72,17 @@ def run(folder: Path, *arguments: str, **options: Any) -> subprocess.CompletedPr
     return subprocess.run(
         command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=LONGEST, check=False, **options
     )
+
+
+@contextlib.contextmanager
+def started(folder: Path, *arguments: str, **streams: Any) -> Iterator[subprocess.Popen[Any]]:
+    """Start a job that does not outlive the block, whatever becomes of that."""
+    command = [*COMMAND, "run", "job.yaml", *arguments]
+    with subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, **streams) as job:
+        try:
+            yield job
+        finally:
+            job.kill()
 
 
 def write_job(folder: Path, **sections: Any) -> None:
@@ -197,16 +209,14 @@ def truncated_source(folder: Path, small: bool) -> Fault:
             pa_csv.write_csv(table, path)
         else:
             path.write_bytes(b"\n".join(_lines(table.num_rows // 4)) + b"\n")
-        command = [*COMMAND, "run", "job.yaml", f"source.path={name}"]
-        with subprocess.Popen(
-            command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        ) as job:
+        piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with started(folder, f"source.path={name}", **piped) as job:
             pending = folder / "output" / ".pending-scored.parquet"
-            while job.poll() is None and not (pending.exists() and pending.stat().st_size):
+            while job.poll() is None and not _size(pending):
                 time.sleep(0.001)
             os.truncate(path, path.stat().st_size // 2)
             out, err = job.communicate(timeout=LONGEST)
-        done = subprocess.CompletedProcess(command, job.returncode, out, err)
+        done = subprocess.CompletedProcess(job.args, job.returncode, out, err)
         if done.returncode == 0:
             # All of the file was read before it shrank, or all of what was left ended with a line.
             count = pq.read_metadata(folder / "output" / "scored.parquet").num_rows
@@ -224,6 +234,14 @@ def truncated_source(folder: Path, small: bool) -> Fault:
         "to notice a text file that was cut at the end of a line",
         "; ".join(seen),
     )
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file that may be renamed at any time."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _lines(n_events: int, seed: int = 0) -> list[bytes]:
@@ -396,14 +414,7 @@ def burst(folder: Path, small: bool) -> Fault:
     block = b"\n".join(_lines(rate // 20, seed=7)) + b"\n"
     sent = 0
     waits, memory = [], []
-    with subprocess.Popen(
-        [*COMMAND, "run", "job.yaml"],
-        cwd=folder,
-        env=ENVIRONMENT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    ) as job:
+    with started(folder, stdin=subprocess.PIPE, **QUIET) as job:
         assert job.stdin is not None
         # The first events wait for the job to start.
         for factor in (1, 1, 10, 1):
@@ -453,8 +464,7 @@ def broker_gone(folder: Path, small: bool) -> Fault:
             output={"checkpoint_every": 500, "checkpoint_seconds": 0.2},
         )
         snapshot = folder / "output" / "model.arrow"
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        with subprocess.Popen([*COMMAND, "run", "job.yaml"], cwd=folder, env=ENVIRONMENT, **quiet) as job:
+        with started(folder, **QUIET) as job:
             for outage in range(n_outages + 1):
                 share = lines[outage * n_events // (n_outages + 1) : (outage + 1) * n_events // (n_outages + 1)]
                 for partition in (0, 1):
@@ -490,14 +500,7 @@ def two_writers(folder: Path, small: bool) -> Fault:
     pq.write_table(table_of(2_000), folder / "events.parquet")
     write_job(folder, source={"path": "-", "format": "jsonl"})
     lines = _lines(2_000)
-    with subprocess.Popen(
-        [*COMMAND, "run", "job.yaml"],
-        cwd=folder,
-        env=ENVIRONMENT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    ) as job:
+    with started(folder, stdin=subprocess.PIPE, **QUIET) as job:
         assert job.stdin is not None
         job.stdin.write(b"\n".join(lines) + b"\n")
         job.stdin.flush()
