@@ -57,6 +57,7 @@ ROUNDING_OF_SCATTERS = 1e-9
 
 # Events have values and weights up to 1e100 (`LARGEST_VALUE`); rounding may take means a little beyond.
 LARGEST_MEAN, LARGEST_STATISTICS = 2.0 * LARGEST_VALUE, LARGEST_VALUE**3
+LARGEST_WEIGHT = LARGEST_VALUE * LARGEST_WHOLE
 
 # Headers up to this size take little memory whatever they hold; longer ones hold no more lists and objects than one in
 # so many bytes.
@@ -583,7 +584,8 @@ def _statistics_of(
                 raise ValueError(f"the statistics {name!r} have shape {found[key].shape}, expected {expected}")
             if not np.isfinite(found[key]).all():
                 raise ValueError(f"the statistics {name!r} are not finite")
-            if np.abs(found[key]).max(initial=0.0) > LARGEST_STATISTICS:
+            largest = LARGEST_WEIGHT if key == "weight" or name == "components" else LARGEST_STATISTICS
+            if np.abs(found[key]).max(initial=0.0) > largest:
                 raise ValueError(f"the statistics {name!r} are beyond those of any events")
         parts[name] = type(template)(**found)
         separate = "weight" in found and found["weight"].ndim == 2
