@@ -27,7 +27,7 @@ from stream_em.numerics import Array
 from stream_em.plots import INK, QUIET, ellipse
 
 N_SEEDS = 20
-N_PASSES = 1_000
+N_PASSES = 500
 
 # The published maxima have no prior; this one does not show in their last digit.
 WEAK = 1e-6
