@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -476,7 +477,7 @@ def broker_gone(folder: Path, small: bool) -> Fault:
                     time.sleep(2.0)
                     broker.start()
             job.terminate()
-            assert job.wait(timeout=LONGEST) == 0
+            assert job.wait(timeout=LONGEST) == 128 + signal.SIGTERM
     count = pq.read_metadata(folder / "output" / "scored.parquet").num_rows
     assert count == n_events, count
     return Fault(

@@ -115,7 +115,9 @@ def _explained(error: EventError, schema: Schema, chunk: Chunk, row: int, config
         field, value = column, event.get(column) if isinstance(event, dict) else value
     if field is not None and column is None and field not in schema.names:
         # How many fields there are, and so how long that is, nobody knows: what to do comes first.
-        return chunk.reject(row, field, value, f"{_use_them([field])} (expected {error.expected})")
+        return chunk.reject(
+            row, field, value, f"no field of the schema: {_use_them([field])} (expected {error.expected})"
+        )
     return chunk.reject(row, field, value, f"expected {error.expected}")
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from signal import Signals
 
 from rich.console import Console
 
@@ -31,7 +32,7 @@ from stream_em.cli.config import Config
 from stream_em.cli.display import Progress, say
 from stream_em.cli.outputs import Quarantine, only_writer
 from stream_em.cli.ranking import LabelledRanking
-from stream_em.cli.stopping import StopRequest
+from stream_em.cli.stopping import StopRequest, signal_name
 from stream_em.sources import SourceError
 
 
@@ -112,8 +113,8 @@ def fit(config: Config, console: Console, *, read: Sequence[Path] = ()) -> None:
     list_files(console, written)
 
 
-def score(snapshot: Path, config: Config, console: Console, *, read: Sequence[Path] = ()) -> None:
-    """Score a source with a learned model, without learning from it.
+def score(snapshot: Path, config: Config, console: Console, *, read: Sequence[Path] = ()) -> Signals | None:
+    """Score a source with a learned model, without learning from it; return the signal that stopped it, if one did.
 
     Neither the snapshot nor files of the source nor those that were `read` for the configuration are overwritten.
     """
@@ -153,10 +154,10 @@ def score(snapshot: Path, config: Config, console: Console, *, read: Sequence[Pa
         if not scored.count:
             raise nothing_usable(source, quarantine)
         seconds = progress.seconds
-    if stop.requested:
+    if stop.signal is not None:
         say(
             console,
-            f"stopped by {stop.name} after the batch in hand; the scores until then are kept",
+            f"stopped by {signal_name(stop.signal)} after the batch in hand; the scores until then are kept",
             "yellow",
         )
     say(
@@ -168,6 +169,7 @@ def score(snapshot: Path, config: Config, console: Console, *, read: Sequence[Pa
     report_counts(console, quarantine, scored.left_out, {})
     ranking.report(console)
     list_files(console, [scored.name, *([quarantine.path] if quarantine.count else [])])
+    return stop.signal
 
 
 def _log_posterior(learner: BatchEM) -> dict[str, str]:

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from signal import Signals
 from typing import Annotated, Any, NoReturn
 
 try:
@@ -45,7 +46,7 @@ from stream_em.sources import SourceError, same_file
 # Usage errors, which Typer reports, leave with 2 as well.
 EXIT_DATA = 1
 EXIT_CONFIG = 2
-EXIT_INTERRUPTED = 130
+EXIT_SIGNAL = 128
 
 _DATA_ERRORS = (
     SourceError,
@@ -168,8 +169,9 @@ def run(
     """Score each batch of events, then learn from it (online EM).
 
     Writes the scored events, a snapshot of the model, a picture, and the events that could not be used.
-    Ctrl-C or SIGTERM finish the batch in hand and write everything. A run that was stopped, or killed at any moment,
-    goes on where it was when the same command is started again.
+    Ctrl-C or SIGTERM finish the batch in hand and write everything; the exit code is then 130 or 143. A run that was
+    stopped, or killed at any moment, goes on where it was when the same command is started again. A run that came to
+    its end starts anew, and replaces what it wrote.
     """
     monitor = Monitor(stall_after)
     with ExitStack() as stack:
@@ -181,7 +183,7 @@ def run(
         job = load_config(config, overrides or [])
         if metrics_port is not None:
             stack.enter_context(served(monitor, metrics_host, metrics_port))
-        run_job(job, console, read=[config], fresh=fresh, observer=monitor)
+        _leave(run_job(job, console, read=[config], fresh=fresh, observer=monitor))
 
 
 @app.command(
@@ -256,7 +258,7 @@ def score(
     Columns that the model does not know are carried along.
     """
     read = [Path(source)] if _is_config(source) else []
-    jobs.score(snapshot, _score_config(source, overrides or [], output), Console(), read=read)
+    _leave(jobs.score(snapshot, _score_config(source, overrides or [], output), Console(), read=read))
 
 
 @app.command(epilog=_epilog(("The demo's model", "stream-em show output/shuttle/model.arrow")))
@@ -378,6 +380,12 @@ def _chosen(output: Path) -> list[str]:
     return [f"output.folder='{folder}'", f"output.scored_events='{name}'"]
 
 
+def _leave(stopped_by: Signals | None) -> None:
+    """Leave with the code that shells give to a signal: `stream-em run job.yaml && next` must not take half for all."""
+    if stopped_by is not None:
+        raise typer.Exit(EXIT_SIGNAL + stopped_by)
+
+
 def _fail(message: str, code: int) -> NoReturn:
     console = Console(stderr=True)
     for line in message.splitlines() or [""]:
@@ -389,7 +397,8 @@ def _fail(message: str, code: int) -> NoReturn:
 def run_program(program: Callable[[], object]) -> None:
     """Run a program; errors of the user's making are one message on standard error, and an exit code.
 
-    0: done. 1: the data cannot be used. 2: the command line or the configuration cannot. 130: interrupted.
+    0: done. 1: the data cannot be used. 2: the command line or the configuration cannot. 130 or 143: stopped by Ctrl-C
+    or SIGTERM before that.
     """
     try:
         program()
@@ -406,7 +415,7 @@ def _explained(error: BaseException) -> tuple[str, int]:
     if isinstance(error, (ConfigError, FamilyError)):
         return str(error), EXIT_CONFIG
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; nothing was written", EXIT_INTERRUPTED
+        return "interrupted; nothing was written", EXIT_SIGNAL + Signals.SIGINT
     if isinstance(error, OSError):
         place = "" if error.filename is None else f"{error.filename}: "
         return f"{place}{error.strerror or error}", EXIT_DATA

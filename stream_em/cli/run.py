@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from signal import Signals
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 
@@ -39,7 +40,7 @@ from stream_em.cli.history import History
 from stream_em.cli.outputs import Output, Quarantine, ScoreSink, only_writer
 from stream_em.cli.ranking import LabelledRanking
 from stream_em.cli.scored_topic import ScoredTopic
-from stream_em.cli.stopping import StopRequest
+from stream_em.cli.stopping import StopRequest, signal_name
 from stream_em.sources import Chunk, Position, Rejection, Source
 from stream_em.store import remove_leftovers
 
@@ -75,11 +76,12 @@ def run(
     read: Sequence[Path] = (),
     fresh: bool = False,
     observer: Observer | None = None,
-) -> None:
+) -> Signals | None:
     """Score each batch of events, then learn from it; write scores, snapshot, picture and quarantine.
 
     Files that were `read` for the configuration are not overwritten, nor are those of the source. A run that was killed
-    or stopped goes on from its last checkpoint, unless it is to be a `fresh` one.
+    or stopped goes on from its last checkpoint, unless it is to be a `fresh` one. Return the signal that stopped it, or
+    None at the end of the source.
 
     Raises
     ------
@@ -103,6 +105,7 @@ def run(
         seconds = progress.seconds
         job.finish()
     job.report(seconds)
+    return job.stopped_by
 
 
 class _Run:
@@ -207,7 +210,7 @@ class _Run:
             self._learn_chunk(chunk, stop, progress)
             if not stop.requested and self._is_due(chunk):
                 self._make_checkpoint()
-        self._stopped_by = stop.name
+        self.stopped_by = stop.signal
 
     def _is_due(self, chunk: Chunk) -> bool:
         """Whether a checkpoint comes after this chunk.
@@ -308,17 +311,19 @@ class _Run:
         """Give every file its name; after a stop, so that another start takes them up again."""
         learner = self._learner
         if learner is None or self.n_events == 0:
-            if self._stopped_by:
-                raise DataError(f"stopped by {self._stopped_by} before any event was learned; nothing was written")
+            if self.stopped_by:
+                raise DataError(
+                    f"stopped by {signal_name(self.stopped_by)} before any event was learned; nothing was written"
+                )
             raise nothing_usable(self._source, self._quarantine)
         self._within_warm_up = learner.warming_up
-        if self._stopped_by:
+        if self.stopped_by:
             self._save(finished=False)
         learner.finish_warm_up()
         for output in self._outputs:
             output.publish()
         self._outputs = []
-        if not self._stopped_by:
+        if not self.stopped_by:
             self._save(finished=True)
             self._can_go_on = False
         picture = self._config.output.picture
@@ -330,20 +335,20 @@ class _Run:
         """Say how it went."""
         console, learner, history = self._console, self._learner, self._history
         assert learner is not None
-        if self._within_warm_up and not self._stopped_by:
+        if self._within_warm_up and not self.stopped_by:
             say(
                 console,
                 f"the source ended within the warm-up of {learner.warm_up:,} events: the components were made from all "
                 "of them at the end, and none has a score; fit or a smaller learner.warm_up suits so few events better",
                 "yellow",
             )
-        if self._stopped_by:
+        if self.stopped_by:
             going_on = "" if self._snapshot_path is None else "; the same command goes on from there"
             within = ", within the warm-up" if self._within_warm_up else ""
             say(
                 console,
-                f"stopped by {self._stopped_by} after the batch in hand{within}; everything learned until then is "
-                f"kept{going_on}",
+                f"stopped by {signal_name(self.stopped_by)} after the batch in hand{within}; everything learned until "
+                f"then is kept{going_on}",
                 "yellow",
             )
         n_now = self.n_events - self._n_before
@@ -370,8 +375,8 @@ class _Run:
             written.append(self._quarantine.path)
         written += [self._folder / name for name in (output.snapshot, output.picture) if name is not None]
         list_files(console, written)
-        if self._stopped_by:
-            _log.info("stopped", extra={"fields": {"by": self._stopped_by}})
+        if self.stopped_by:
+            _log.info("stopped", extra={"fields": {"by": signal_name(self.stopped_by)}})
         told = {
             "n_events": self.n_events,
             "n_quarantined": self._quarantine.count,

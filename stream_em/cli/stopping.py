@@ -10,18 +10,33 @@ from typing import Any, Self
 from stream_em.sources import Chunk, Position, Source
 
 
+def signal_name(by: signal.Signals) -> str:
+    """What a person calls a signal."""
+    return "Ctrl-C" if by is signal.SIGINT else by.name
+
+
 class StopRequest:
     """Ctrl-C and a polite kill, heeded between batches.
 
-    A signal sets `requested`. Only while the job waits for a live source does it also raise KeyboardInterrupt,
-    since standard input may never say another word. A second signal interrupts whatever goes on.
+    A signal is noted. Only while the job waits for a live source does it also raise KeyboardInterrupt, since standard
+    input may never say another word. A second signal interrupts whatever goes on.
+
+    Attributes
+    ----------
+    signal
+        The one that came last, or None.
+
     """
 
     def __init__(self) -> None:
-        self.requested = False
-        self.name = ""
+        self.signal: signal.Signals | None = None
         self._waiting = False
         self._before: dict[signal.Signals, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether there was a signal."""
+        return self.signal is not None
 
     def __enter__(self) -> Self:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -33,8 +48,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        again, self.requested = self.requested, True
-        self.name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        again, self.signal = self.requested, signal.Signals(number)
         if again or self._waiting:
             raise KeyboardInterrupt
 

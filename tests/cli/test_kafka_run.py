@@ -201,7 +201,7 @@ class TestForEver:
         wait_for(lambda: n_messages(cluster, scored) == 5_881 and n_read(tmp_path) == 6_000, job)
         job.terminate()
         out, err = job.communicate(timeout=60)
-        assert job.returncode == 0, err
+        assert job.returncode == 128 + signal.SIGTERM, err
         assert "stopped by SIGTERM" in out
         good = [number for number in range(6_000) if number % 50 != 7]
         assert sorted(scored_ids(tmp_path)) == good
@@ -219,7 +219,7 @@ class TestForEver:
             mock.produce(topic, 1, payments(10, seed=n))
             wait_for(lambda: n_read(tmp_path) == n, job)  # noqa: B023
         job.terminate()
-        assert job.wait(timeout=60) == 0
+        assert job.wait(timeout=60) == 128 + signal.SIGTERM
 
     @pytest.mark.slow
     def test_a_broker_that_is_killed_and_comes_back_costs_nothing(self, broker, tmp_path):
@@ -238,7 +238,7 @@ class TestForEver:
         fill(broker, topic, events[2_000:])
         wait_for(lambda: n_read(tmp_path) == 4_000, job)
         job.terminate()
-        assert job.wait(timeout=60) == 0
+        assert job.wait(timeout=60) == 128 + signal.SIGTERM
         assert sorted(scored_ids(tmp_path)) == [number for number in range(4_000) if number % 50 != 7]
 
 
@@ -392,7 +392,7 @@ class TestWatching:
         wait_for(lambda: self.ask(port, "/healthz") == (200, "ok\n"), job)
         job.terminate()
         out, _ = job.communicate(timeout=60)
-        assert (job.returncode, out) == (0, "")
+        assert (job.returncode, out) == (128 + signal.SIGTERM, "")
         with pytest.raises(urllib.error.URLError):
             self.ask(port, "/healthz")
         log.seek(0)
