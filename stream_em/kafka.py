@@ -39,6 +39,8 @@ _AHEAD = 50_000
 _WAIT = 0.5
 # Seconds after which a topic that is followed is asked for new partitions.
 _LOOK_FOR_PARTITIONS = 30.0
+# Seconds until a partition without a leader is asked for again.
+_WITHOUT_LEADER = 0.1
 # Seconds to wait for the answer, while events wait.
 _PATIENCE = 2.0
 
@@ -179,7 +181,7 @@ def find_partitions(
         ranges = []
         for partition in found:
             place = kafka.TopicPartition(topic, partition)
-            earliest, latest = consumer.get_watermark_offsets(place, timeout=METADATA_TIMEOUT)
+            earliest, latest = _watermarks(consumer, place)
             ranges.append(_range(topic, partition, earliest, latest, start, stop))
         return ranges
     except kafka.KafkaException as error:
@@ -188,6 +190,23 @@ def find_partitions(
         ) from error
     finally:
         consumer.close()
+
+
+def _watermarks(consumer: Any, place: Any) -> tuple[int, int]:
+    """Return the earliest offset of a partition and that of its next message."""
+    kafka = client_library()
+    codes = kafka.KafkaError
+    until = clock.monotonic() + METADATA_TIMEOUT
+    while True:
+        try:
+            watermarks: tuple[int, int] = consumer.get_watermark_offsets(place, timeout=METADATA_TIMEOUT)
+            return watermarks
+        except kafka.KafkaException as error:
+            # A topic was just made, or a broker has just gone: another leads the partition before long.
+            passing = error.args[0].code() in (codes.NOT_LEADER_FOR_PARTITION, codes.LEADER_NOT_AVAILABLE)
+            if not passing or clock.monotonic() >= until:
+                raise
+            clock.sleep(_WITHOUT_LEADER)
 
 
 def partition_numbers(client: Any, topic: str, timeout: float) -> list[int]:

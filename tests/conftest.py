@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import pytest
 from hypothesis import HealthCheck, settings
 
 # The same examples in every run: a law that fails here fails everywhere.
@@ -12,3 +17,30 @@ settings.register_profile(
 )
 settings.register_profile("thorough", parent=settings.get_profile("default"), derandomize=False, max_examples=500)
 settings.load_profile("default")
+
+
+@pytest.fixture(scope="module")
+def mock() -> Iterator[Any]:
+    """The Kafka cluster that librdkafka keeps."""
+    import kafka_broker
+
+    with closing(kafka_broker.MockCluster()) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A real Kafka broker, where there can be one."""
+    import kafka_broker
+
+    reason = kafka_broker.why_no_broker()
+    if reason is not None:
+        pytest.skip(reason)
+    with closing(kafka_broker.Broker(tmp_path_factory.mktemp("kafka"))) as broker:
+        yield broker
+
+
+@pytest.fixture(params=["mock", "broker"])
+def cluster(request: pytest.FixtureRequest) -> Any:
+    """Each of the two in turn."""
+    return request.getfixturevalue(request.param)

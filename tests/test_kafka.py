@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-kafka_broker = pytest.importorskip("kafka_broker", reason="needs confluent-kafka: the extra 'kafka'")
+pytest.importorskip("kafka_broker", reason="needs confluent-kafka: the extra 'kafka'")
 
-from stream_em.columns import Roles  # noqa: E402
-from stream_em.kafka import (  # noqa: E402
+from stream_em.columns import Roles
+from stream_em.kafka import (
     PartitionRange,
     TopicReader,
     TopicWriter,
@@ -21,29 +21,7 @@ from stream_em.kafka import (  # noqa: E402
     replay,
     rounds,
 )
-from stream_em.sources import Source, SourceError  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def mock():
-    cluster = kafka_broker.MockCluster()
-    yield cluster
-    cluster.close()
-
-
-@pytest.fixture(scope="module")
-def broker(tmp_path_factory):
-    reason = kafka_broker.why_no_broker()
-    if reason is not None:
-        pytest.skip(reason)
-    broker = kafka_broker.Broker(tmp_path_factory.mktemp("kafka"))
-    yield broker
-    broker.close()
-
-
-@pytest.fixture(params=["mock", "broker"])
-def cluster(request):
-    return request.getfixturevalue(request.param)
+from stream_em.sources import Source, SourceError
 
 
 def texts(numbers):
@@ -340,6 +318,11 @@ class TestTopicWriter:
         writer.write(b"key", b"x" * 9_000_000)
         with pytest.raises(ConnectionError, match="did not take a message"):
             writer.flush()
+
+    def test_a_topic_is_written_to_as_soon_as_it_is_made(self, broker):
+        # For a moment its partitions have no leader.
+        for _ in range(20):
+            assert TopicWriter(broker.config, broker.topic()).ends == {0: 0, 1: 0}
 
     def test_a_topic_that_is_not_there_is_told(self, broker):
         with pytest.raises(ValueError, match="topic 'nowhere'"):

@@ -23,36 +23,13 @@ from apache_beam.transforms.window import FixedWindows
 from apache_beam.utils.timestamp import MIN_TIMESTAMP, Timestamp
 from engines import EngineMissingError, prism
 
-kafka_broker = pytest.importorskip("kafka_broker", reason="needs confluent-kafka: the extra 'kafka'")
+pytest.importorskip("kafka_broker", reason="needs confluent-kafka: the extra 'kafka'")
 
-from kafka_follow import with_place  # noqa: E402
+from kafka_follow import with_place
 
-from stream_em.beam.expectation import NAMESPACE  # noqa: E402
-from stream_em.beam.kafka import ReadKafka, _EventTimeWatermark, _ReadPartition  # noqa: E402
-from stream_em.kafka import PartitionRange, decode_json  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def broker(tmp_path_factory):
-    reason = kafka_broker.why_no_broker()
-    if reason is not None:
-        pytest.skip(reason)
-    broker = kafka_broker.Broker(tmp_path_factory.mktemp("kafka"))
-    yield broker
-    broker.close()
-
-
-@pytest.fixture(scope="module")
-def mock():
-    cluster = kafka_broker.MockCluster()
-    yield cluster
-    cluster.close()
-
-
-@pytest.fixture(params=["mock", "broker"])
-def cluster(request):
-    return request.getfixturevalue(request.param)
-
+from stream_em.beam.expectation import NAMESPACE
+from stream_em.beam.kafka import ReadKafka, _EventTimeWatermark, _ReadPartition
+from stream_em.kafka import PartitionRange, decode_json
 
 _FOUND = collections.defaultdict(list)
 

@@ -30,28 +30,6 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"}
 COMMAND = [sys.executable, "-m", "stream_em.cli", "run", "job.yaml"]
 
 
-@pytest.fixture(scope="module")
-def mock():
-    cluster = kafka_broker.MockCluster()
-    yield cluster
-    cluster.close()
-
-
-@pytest.fixture(scope="module")
-def broker(tmp_path_factory):
-    reason = kafka_broker.why_no_broker()
-    if reason is not None:
-        pytest.skip(reason)
-    broker = kafka_broker.Broker(tmp_path_factory.mktemp("kafka"))
-    yield broker
-    broker.close()
-
-
-@pytest.fixture(params=["mock", "broker"])
-def cluster(request):
-    return request.getfixturevalue(request.param)
-
-
 def payments(n, seed=0):
     """Events as JSON, of three clusters; one in fifty cannot be used."""
     generator = np.random.default_rng(seed)
