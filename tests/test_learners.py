@@ -892,6 +892,18 @@ def test_samples_are_reproducible_tables() -> None:
     assert components.shape == (50,)
 
 
+def test_a_marginal_may_keep_a_part_of_the_categories_of_one_family() -> None:
+    generator = np.random.default_rng(0)
+    table = pa.table({"c": generator.choice(["a", "b", "c"], 300), "d": generator.choice(["e", "f"], 300)})
+    table = table.append_column("x", pa.array(generator.normal(size=300)))
+    fitted = BatchEM(Mixture(Product({("c", "d"): Categorical(), "x": Gaussian()}), 2), seed=0).fit(table)
+    gone = pa.nulls(300, pa.string())
+    for kept, left_out in (("c", "d"), ("d", "c")):
+        blank = table.set_column(table.column_names.index(left_out), left_out, gone)
+        marginal = fitted.marginal([kept, "x"])
+        np.testing.assert_allclose(marginal.log_prob(table.select([kept, "x"])), fitted.log_prob(blank), rtol=1e-12)
+
+
 def test_conditional_and_marginal_name_their_fields() -> None:
     fitted = BatchEM(MODEL).fit(EVENTS)
     marginal = fitted.marginal(["x2", "x0"])

@@ -314,7 +314,7 @@ class Product(Family):
             places = [self._place(where[one.name]) for one in factor.fields]
             index = places[0][0]
             within = np.array([position for _, position in places], dtype=np.intp)
-            marginals.append(factor.family.marginal(parameters[index], within))
+            marginals.append(self._factors[index].family.marginal(parameters[index], within))
         return tuple(marginals)
 
     def conditional(  # noqa: D102
