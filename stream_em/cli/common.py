@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 
-from stream_em import Batch, BatchEM, EventError, OnlineEM, Schema, load
+from stream_em import Batch, BatchEM, EventError, Field, OnlineEM, Schema, load
 from stream_em.cli.build import make_source
 from stream_em.cli.config import Config, ConfigError
 from stream_em.cli.display import component_table, say
@@ -28,6 +28,9 @@ from stream_em.cli.outputs import (
 )
 from stream_em.learners import Prediction
 from stream_em.sources import Chunk, Rejection, Rows, Source, same_file
+
+# Of an id's values, in any stream that is longer than a vocabulary, more than so many are new.
+_SHARE_OF_NEW = 0.9
 
 
 class DataError(ValueError):
@@ -240,6 +243,24 @@ def report(console: Console, learner: OnlineEM | BatchEM, quarantine: Quarantine
             "were learned as if they had come with the newest of those",
             "yellow",
         )
+    for field in _likely_ids(learner):
+        say(
+            console,
+            f"field {field.name!r}: nearly every value is none of the {field.max_categories} that are kept; is it an id? "
+            f"source.exclude=[{field.name}] keeps it from the model",
+            "yellow",
+        )
+
+
+def _likely_ids(learner: OnlineEM | BatchEM) -> list[Field]:
+    """Category fields whose values are nearly all beyond a vocabulary that is full."""
+    found = []
+    for field in () if learner.schema is None else learner.schema.fields:
+        if field.kind == "category" and len(field.categories) == field.max_categories:
+            unseen = "".join(field.categories) + "?"  # longer than all of them, and so none
+            if learner.marginal([field.name]).log_prob([{field.name: unseen}])[0] > np.log(_SHARE_OF_NEW):
+                found.append(field)
+    return found
 
 
 def report_counts(console: Console, quarantine: Quarantine, left_out: Counter[str], ignored: dict[str, int]) -> None:

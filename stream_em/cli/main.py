@@ -77,7 +77,10 @@ app = typer.Typer(
     help="Clusters and anomaly scores for streams of events, by online and batch EM.",
     epilog=_epilog(
         ("Cluster NASA's shuttle readings as they come", "stream-em run configs/shuttle.yaml"),
-        ("Your own file", "stream-em run configs/events.yaml source.path=my.parquet"),
+        (
+            "Your own file",
+            "stream-em run configs/events.yaml source.path=my.parquet 'source.exclude=[my_id, my_label]'",
+        ),
         ("What was learned", "stream-em show output/events/model.arrow"),
     ),
     no_args_is_help=True,

@@ -311,6 +311,19 @@ class TestBadEvents:
                 in done.stderr
             )
 
+    @pytest.mark.parametrize("verb", ["run", "fit"])
+    def test_an_id_that_was_left_in_is_told(self, tmp_path, verb):
+        table = events(600).select(["id", "x", "country"])
+        pq.write_table(
+            table.append_column("shop", pa.array([f"s{i % 90}" for i in range(600)])), tmp_path / "e.parquet"
+        )
+        write_job(tmp_path, source={"path": "e.parquet"}, output={"picture": None})
+        done = stream_em(verb, "job.yaml", "schema.max_categories=40", cwd=tmp_path)
+        assert (
+            "'id': nearly every value is none of the 40 that are kept; is it an id? source.exclude=[id]" in done.stdout
+        )
+        assert done.stdout.count("is it an id?") == 1
+
     def test_hard_but_legal_data(self, tmp_path):
         generator = np.random.default_rng(0)
         n = 1000
