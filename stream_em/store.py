@@ -640,6 +640,9 @@ def _check_moments(name: str, moments: Moments) -> None:
         extent = np.add.reduce(extent)
     eigenvalues = np.linalg.eigvalsh(moments.scatter)
     largest = np.maximum.reduce(np.abs(eigenvalues), axis=-1)
+    asymmetry = np.abs(moments.scatter - moments.scatter.swapaxes(-1, -2)).max(axis=(-2, -1), initial=0.0)
+    if not (asymmetry <= 1e-6 * largest).all():
+        raise ValueError(f"the statistics {name!r} hold a scatter that is not symmetric")
     if not (np.minimum.reduce(eigenvalues, axis=-1) >= -1e-6 * largest - ROUNDING_OF_SCATTERS * extent).all():
         raise ValueError(f"the statistics {name!r} hold a scatter with negative directions")
 
