@@ -244,12 +244,9 @@ def report(console: Console, learner: OnlineEM | BatchEM, quarantine: Quarantine
             "yellow",
         )
     for field in _likely_ids(learner):
-        say(
-            console,
-            f"field {field.name!r}: nearly every value is none of the {field.max_categories} that are kept; is it an id? "
-            f"source.exclude=[{field.name}] keeps it from the model",
-            "yellow",
-        )
+        told = f"nearly every value is none of the {field.max_categories} that are kept; is it an id?"
+        remedy = f"source.exclude=[{field.name}] keeps it from the model"
+        say(console, f"field {field.name!r}: {told} {remedy}", "yellow")
 
 
 def _likely_ids(learner: OnlineEM | BatchEM) -> list[Field]:

@@ -257,6 +257,10 @@ class OutputSection(Section):
         names = [self.scored_events, self.snapshot, self.picture, self.quarantine]
         if "" in names:
             raise ValueError("expected file names of at least one character, or null for none")
+        if self.scored_events is not None and Path(self.scored_events).suffix != ".parquet":
+            raise ValueError(
+                f"scored_events: is written as Parquet; the name must end in .parquet, got {self.scored_events!r}"
+            )
         files = [Path(self.folder, name).resolve() for name in names if name is not None]
         if len(set(files)) < len(files):
             raise ValueError("expected a different file for each output")

@@ -167,7 +167,7 @@ def score(snapshot: Path, config: Config, console: Console, *, read: Sequence[Pa
         "bold",
     )
     report_counts(console, quarantine, scored.left_out, {})
-    ranking.report(console)
+    ranking.report(console, after_warm_up=False)
     list_files(console, [scored.name, *([quarantine.path] if quarantine.count else [])])
     return stop.signal
 

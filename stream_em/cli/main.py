@@ -253,12 +253,13 @@ def score(
     ],
     overrides: Overrides = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Parquet file to write.", show_default=False)
+        Path | None, typer.Option("--output", "-o", help="Parquet file to write (.parquet).", show_default=False)
     ] = None,
 ) -> None:
     """Score events with a learned model, without learning from them.
 
-    Columns that the model does not know are carried along.
+    Columns that the model does not know are carried along. Events that cannot be used go to quarantine.jsonl in the
+    folder of the scored ones.
     """
     read = [Path(source)] if _is_config(source) else []
     _leave(jobs.score(snapshot, _score_config(source, overrides or [], output), Console(), read=read))
@@ -378,6 +379,8 @@ def _is_config(source: str) -> bool:
 
 
 def _chosen(output: Path) -> list[str]:
+    if output.suffix != ".parquet":
+        raise ConfigError(f"--output {output}: scores are written as Parquet; end its name in .parquet")
     # As YAML strings in quotes, since a name may look like something else.
     folder, name = (str(part).replace("'", "''") for part in (output.parent, output.name))
     return [f"output.folder='{folder}'", f"output.scored_events='{name}'"]

@@ -189,22 +189,22 @@ class LabelledRanking:
         )
         return None
 
-    def report(self, console: Console) -> None:
-        """Say how well the score ranks."""
+    def report(self, console: Console, *, after_warm_up: bool) -> None:
+        """Say how well the score ranks; that of a run, events of its warm-up have not."""
         if not self._wanted:
             return
-        score = self._score
+        score, those = self._score, ", after the warm-up" if after_warm_up else ""
         if self._problem:
             say(console, self._problem, "yellow")
         elif not score.defined:
             lacking = "normal events" if score.n_anomalous else "anomalies"
-            say(console, f"no ROC-AUC: after the warm-up there were no {lacking} among the labels", "yellow")
+            say(console, f"no ROC-AUC: there were no {lacking} among the labels{those}", "yellow")
         else:
             bound = f" ± {score.bound:.1g}" if score.bound else ""
             unlabelled = f", {self._unlabelled:,} without a label" if self._unlabelled else ""
             say(
                 console,
-                f"ROC-AUC of -log p(x) against the labels, after the warm-up: {score.area:.4f}{bound} "
+                f"ROC-AUC of -log p(x) against the labels{those}: {score.area:.4f}{bound} "
                 f"({score.n_anomalous:,} anomalies, {score.n_normal:,} normal{unlabelled})",
                 "bold green",
             )

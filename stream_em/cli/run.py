@@ -368,7 +368,7 @@ class _Run:
             )
         left_out = sum((sink.left_out for sink in self._sinks.values()), Counter[str]())
         report(console, learner, self._quarantine, left_out)
-        self._ranking.report(console)
+        self._ranking.report(console, after_warm_up=True)
         output = self._config.output
         written: list[Path | str] = [sink.name for sink in self._sinks.values()]
         if self._quarantine.count:
@@ -400,8 +400,9 @@ class _Run:
 
     def _close(self) -> None:
         """Leave what another start can go on with, or nothing."""
-        for output in self._outputs:
-            output.close(keep=self._can_go_on)
+        with ExitStack() as stack:
+            for output in self._outputs:
+                stack.callback(output.close, keep=self._can_go_on)
 
 
 def _load(path: Path) -> OnlineEM:

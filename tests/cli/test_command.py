@@ -368,7 +368,7 @@ class TestNothingIsOverwritten:
             ["output.folder=link", "output.scored_events=events.parquet"],
             ["source.path=link.parquet", "output.folder=data", "output.scored_events=events.parquet"],
             ["output.folder=.", "output.scored_events=link.parquet"],
-            ["output.folder=.", "output.scored_events=job.yaml"],
+            ["output.folder=.", "output.snapshot=job.yaml"],
         ],
     )
     def test_run_refuses_to_write_over_its_source(self, job, arguments):
@@ -388,13 +388,15 @@ class TestNothingIsOverwritten:
     def test_score_refuses_as_well(self, job):
         stream_em("run", "job.yaml", cwd=job)
         (job / "output" / "model.arrow").rename(job / "m.arrow")
-        for output in ("data/events.parquet", "m.arrow"):
+        (job / "m.parquet").symlink_to("m.arrow")
+        for output in ("data/events.parquet", "m.parquet"):
             before = (job / output).read_bytes()
             done = stream_em("score", "m.arrow", "data/events.parquet", "-o", output, cwd=job, code=2)
             assert "would be overwritten" in done.stderr
             assert (job / output).read_bytes() == before
-        done = stream_em("score", "m.arrow", "data", "-o", "data", cwd=job, code=2)
-        assert "data: is a folder" in done.stderr
+        (job / "d.parquet").mkdir()
+        done = stream_em("score", "m.arrow", "data", "-o", "d.parquet", cwd=job, code=2)
+        assert "d.parquet: is a folder" in done.stderr
 
     @pytest.mark.parametrize("path", ["data", "data/**/*.parquet"])
     def test_a_folder_that_holds_the_output_is_read_without_it(self, job, path):
@@ -557,6 +559,12 @@ class TestBadInput:
             (["show", "."], 1, "is a folder, not a snapshot"),
             (["run", "job.yaml", "output.folder=events.parquet"], 1, "events.parquet: File exists"),
             (["plot", "job.yaml", "-o", "picture.bmp"], 1, "job.yaml"),
+            (
+                ["score", "job.yaml", "events.parquet", "-o", "s.csv"],
+                2,
+                "--output s.csv: scores are written as Parquet",
+            ),
+            (["run", "job.yaml", "output.scored_events=s.csv"], 2, "scored_events: is written as Parquet"),
             (["merge", "job.yaml", "-o", "merged.arrow"], 2, "merge needs two snapshots or more"),
             (["score", "job.yaml"], 2, "Missing argument"),
             (["frobnicate"], 2, "No such command"),
@@ -675,7 +683,7 @@ class TestSnapshots:
         np.testing.assert_allclose(scored["log_prob"].to_numpy(), prediction.log_prob, rtol=1e-9)
         assert scored["component"].to_pylist() == prediction.component.tolist()
         assert scored["id"].to_pylist() == fresh["id"].to_pylist()
-        assert "ROC-AUC" in done.stdout
+        assert "ROC-AUC of -log p(x) against the labels: " in done.stdout
 
     def test_score_takes_the_source_of_a_job(self, ran):
         folder, _ = ran
