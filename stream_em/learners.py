@@ -900,7 +900,12 @@ class OnlineEM(FittedMixture):
         kernel = self._kernel_with("blocks", has_compiled_blocks)
         if kernel is None or not kernel.schema.takes_as_is(rows):
             return None
-        return kernel.blocks.learn(rows.T, keep=keep)
+        restore = kernel.checkpoint()
+        try:
+            return kernel.blocks.learn(rows.T, keep=keep)
+        except BaseException:
+            restore()
+            raise
 
     def _settle(self, bound: Mixture, piece: Batch) -> None:
         """Take in fields that had no value in the warm-up, if they have one now."""
@@ -1015,7 +1020,7 @@ class OnlineEM(FittedMixture):
             n_updates=first.n_updates + second.n_updates,
         )
         if told:
-            statistics = reduce(Statistics.merge if self.structure is None else Statistics.merge_by_id, told)
+            statistics = self._merge_all(told)
             merged._parameters = merged._m_step(merged._bound_model(), statistics)
             state = replace(state, statistics=statistics, iterate=merged._parameters)
         merged._state = state
@@ -1028,6 +1033,10 @@ class OnlineEM(FittedMixture):
             self._clock = Clock(n_ahead=self.n_ahead + other.n_ahead)
             self._structure = self._structure.merge(other._structure)
             self._truncation = self._truncation.merge(other._truncation)
+
+    def _merge_all(self, told: Iterable[Statistics]) -> Statistics:
+        """Merge statistics of forks: those of a structure may have lost and gained components."""
+        return reduce(Statistics.merge if self.structure is None else Statistics.merge_by_id, told)
 
     def fork(self) -> OnlineEM:
         """Return a learner with these parameters that has learned nothing yet, for another share of the events.

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from stream_em import Batch, Constant, EventError, Gaussian, Harmonic, Mixture, OnlineEM, Product, RobbinsMonro, Schema
 from stream_em.block_kernel import BlockKernel
+from stream_em.numerics import NumericalError
 from stream_em.schedules import StepSize
 from stream_em.state import has_compiled_blocks
 from stream_em.store import to_bytes
@@ -171,6 +172,22 @@ def test_an_array_that_cannot_be_learned_changes_nothing(value: float) -> None:
     with pytest.raises(EventError) as caught:
         learner.update(rows)
     assert (caught.value.index, caught.value.field) == (3, SCHEMA.names[1])
+    assert to_bytes(learner) == before
+
+
+def test_an_array_whose_repair_fails_is_not_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = ready("full")
+    blocks = blocks_of(learner)
+    before, learn = to_bytes(learner), blocks.learn
+    blocks_of(learner)
+
+    def fails_after_learning(*block: Any, keep: bool) -> Any:
+        learn(*block, keep=keep)
+        raise NumericalError("a covariance is not finite")
+
+    monkeypatch.setattr(blocks, "learn", fails_after_learning)
+    with pytest.raises(NumericalError):
+        learner.update(np.ascontiguousarray(draw(300, 5).values.T))
     assert to_bytes(learner) == before
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from functools import reduce
 from typing import Any, NamedTuple
 
 import apache_beam as beam
@@ -27,7 +26,6 @@ from stream_em.models import Mixture
 from stream_em.numerics import check_whole
 from stream_em.schedules import Harmonic, Schedule
 from stream_em.schema import Batch, Schema
-from stream_em.statistics import Statistics
 from stream_em.store import Learner, from_bytes, to_bytes
 
 SNAPSHOTS = "snapshots"
@@ -632,7 +630,7 @@ def _merged(start: OnlineEM, initial: Learner | None, learners: Iterable[OnlineE
     `OnlineEM.merge` takes two equal states for one state merged twice; those of two shards may well be equal.
     """
     told: list[Learner] = [*([] if initial is None else [initial]), *learners]
-    statistics = reduce(Statistics.merge_by_id, [one.statistics for one in told if one.statistics is not None])
+    statistics = start._merge_all(one.statistics for one in told if one.statistics is not None)
     n_events = sum(one.n_events for one in told)
     parameters = start.parameters
     if initial is not None or n_events >= start.first_m_step:

@@ -103,10 +103,11 @@ class SegmentedParquet:
 
     def abandon(self) -> None:
         """Write nothing more."""
-        if self._writer is not None and self._file is not None:
+        if self._writer is not None:
             # Arrow's writer would end the segment when it is forgotten.
             self._writer.is_open = False
             self._writer = None
+        if self._file is not None:
             self._file.close()
 
 
