@@ -34,6 +34,13 @@ def test_python_runs_in_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("block", [block for block in blocks("python") if "import " in block])
+def test_python_that_imports_stands_alone(block: str, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_python_of_the_pages_runs_in_order(page: str, tmp_path: Path) -> None:
     program = "\n".join(blocks("python", (ROOT / "docs" / page).read_text()))

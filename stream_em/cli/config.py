@@ -131,7 +131,7 @@ class ModelSection(Section):
     n_components: Annotated[int, Field(ge=1, le=10_000)] = 8
     """Number of components."""
     prior_weight: Annotated[float, Field(gt=0.0)] | None = None
-    """Pseudo-events that the prior is worth in each component; left out, the library's default."""
+    """Pseudo-events that the prior is worth in each component; left out, the default of the library. A strong one needs a long warm-up."""
     assignment: Literal["soft", "hard"] = "soft"
     """Whether an event is shared among components (EM) or given to one of them (as in k-means)."""
 

@@ -342,6 +342,14 @@ class _Run:
                 "of them at the end, and none has a score; fit or a smaller learner.warm_up suits so few events better",
                 "yellow",
             )
+        prior = learner.model.prior_weight * learner.model.n_components
+        if prior >= learner.warm_up:
+            say(
+                console,
+                f"the priors of all components weigh {prior:g} events, the warm-up that they are made from only "
+                f"{learner.warm_up:,}: components may blur; lower model.prior_weight or raise learner.warm_up",
+                "yellow",
+            )
         if self.stopped_by:
             going_on = "" if self._snapshot_path is None else "; the same command goes on from there"
             within = ", within the warm-up" if self._within_warm_up else ""

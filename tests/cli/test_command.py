@@ -514,6 +514,14 @@ def test_a_source_shorter_than_the_warm_up_still_gives_components(tmp_path):
     assert np.ptp(mean, axis=0).min() > 5
 
 
+def test_a_prior_that_outweighs_the_warm_up_is_told(ran, tmp_path):
+    folder, done = ran
+    assert "components may blur" not in done.stdout
+    write_job(tmp_path, source={"path": str(folder / "events.parquet"), **SOURCE}, output={"picture": None})
+    done = stream_em("run", "job.yaml", "model.prior_weight=100", cwd=tmp_path)
+    assert "weigh 300 events, the warm-up that they are made from only 300: components may blur" in done.stdout
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("arguments", "code", "message"),
