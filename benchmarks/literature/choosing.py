@@ -176,7 +176,7 @@ def _monthly(log_prob: Array) -> Array:
 
 
 N_STREAM_EVENTS = 100_000
-N_STREAM_SEEDS = 20
+N_STREAM_SEEDS = 10
 
 
 def sixteen() -> Study:
