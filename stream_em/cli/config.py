@@ -131,7 +131,8 @@ class ModelSection(Section):
     n_components: Annotated[int, Field(ge=1, le=10_000)] = 8
     """Number of components."""
     prior_weight: Annotated[float, Field(gt=0.0)] | None = None
-    """Pseudo-events that the prior is worth in each component; left out, the default of the library. A strong one needs a long warm-up."""
+    """Pseudo-events that the prior is worth in each component; left out, the library's default. A strong prior needs a
+    long warm-up."""
     assignment: Literal["soft", "hard"] = "soft"
     """Whether an event is shared among components (EM) or given to one of them (as in k-means)."""
 
@@ -560,21 +561,34 @@ def describe_keys() -> list[tuple[str, str]]:
                 if nested and "kind" not in nested[0].model_fields:
                     described.append((f"{prefix}.{key}", text))
                     described.extend(
-                        (f"{prefix}.{key}.{option}", f"{more.description}{_default(more)}")
-                        for option, more in nested[0].model_fields.items()
+                        (f"{prefix}.{key}.{option}", _meaning(more)) for option, more in nested[0].model_fields.items()
                     )
                 elif nested:
                     kinds = [get_args(one.model_fields["kind"].annotation)[0] for one in nested]
                     described.append((f"{prefix}.{key}", f"{text} One of {', '.join(kinds)}."))
                     for kind, one in zip(kinds, nested, strict=True):
                         described.extend(
-                            (f"{prefix}.{key}.{option}", f"({kind}) {more.description}{_default(more)}")
+                            (f"{prefix}.{key}.{option}", f"({kind}) {_meaning(more)}")
                             for option, more in one.model_fields.items()
                             if option != "kind"
                         )
                 else:
-                    described.append((f"{prefix}.{key}", f"{text}{_default(inner)}"))
+                    described.append((f"{prefix}.{key}", _meaning(inner)))
     return described
+
+
+def _meaning(info: FieldInfo) -> str:
+    """What a key means, the values it may have where they are few, and its default."""
+    choices = [one for one in _choices(info.annotation) if isinstance(one, str)]
+    one_of = f" One of {', '.join(choices)}." if len(choices) > 1 else ""
+    return f"{' '.join((info.description or '').split())}{one_of}{_default(info)}"
+
+
+def _choices(annotation: Any) -> list[Any]:
+    """The fixed values within an annotation."""
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [choice for inner in get_args(annotation) for choice in _choices(inner)]
 
 
 def _default(info: FieldInfo) -> str:

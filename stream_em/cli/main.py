@@ -9,14 +9,18 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
+from inspect import cleandoc
+from itertools import groupby
 from pathlib import Path
 from signal import Signals
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar
 
 try:
     import typer
     from rich.console import Console
     from rich.markup import escape
+    from rich.padding import Padding
+    from typer.core import TyperCommand, TyperGroup
 
     from stream_em.cli.config import Config, ConfigError, check_config, describe_keys, load_config
 except ModuleNotFoundError as error:
@@ -65,21 +69,44 @@ _log = logging.getLogger(__name__)
 
 def _epilog(*examples: tuple[str, str], keys: bool = False) -> str:
     lines = ["[bold]Examples[/bold]"]
-    lines += [f"{what}:\n\n    [cyan]{escape(command)}[/cyan]" for what, command in examples]
+    lines += [f"{what}:\n    [cyan]{escape(command)}[/cyan]" for what, command in examples]
     if keys:
-        lines.append("[bold]Keys of the YAML file[/bold], and of section.key=value on the command line")
-        lines += [f"[cyan]{path}[/cyan]  {escape(text)}" for path, text in describe_keys()]
-    return "\n\n".join(lines)
+        lines.append("\n[bold]Keys of the YAML file[/bold], and of section.key=value on the command line")
+        for section, described in groupby(describe_keys(), key=lambda key: key[0].partition(".")[0]):
+            lines.append(f"\n[bold]{section}[/bold]")
+            lines += [f"[cyan]{path}[/cyan]  {escape(text)}" for path, text in described]
+    return "\n".join(lines)
+
+
+class _WithEpilog:
+    """Its epilog is printed as it is written: what Typer makes of its lines differs from version to version."""
+
+    epilog: str | None
+
+    def format_help(self, context: Any, formatter: Any) -> None:
+        epilog, self.epilog = self.epilog, None
+        super().format_help(context, formatter)  # type: ignore[misc]
+        self.epilog = epilog
+        Console(highlight=False).print(Padding(epilog or "", (0, 1, 1, 1)))
+
+
+class _Command(_WithEpilog, TyperCommand):
+    pass
+
+
+class _Group(_WithEpilog, TyperGroup):
+    pass
 
 
 app = typer.Typer(
     name="stream-em",
+    cls=_Group,
     help="Clusters and anomaly scores for streams of events, by online and batch EM.",
     epilog=_epilog(
         ("Cluster NASA's shuttle readings as they come", "stream-em run configs/shuttle.yaml"),
         (
             "Your own file",
-            "stream-em run configs/events.yaml source.path=my.parquet 'source.exclude=[my_id, my_label]'",
+            "stream-em run configs/events.yaml source.path=my.parquet 'source.exclude=[my_id]'",
         ),
         ("What was learned", "stream-em show output/events/model.arrow"),
     ),
@@ -89,6 +116,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+_Function = TypeVar("_Function", bound=Callable[..., object])
+
+
+def _command(*examples: tuple[str, str], keys: bool = False) -> Callable[[_Function], _Function]:
+    """Make a command of a function; its docstring is the help, in lines as long as the terminal is wide."""
+
+    def register(function: _Function) -> _Function:
+        paragraphs = cleandoc(function.__doc__ or "").split("\n\n")
+        text = "\n\n".join(" ".join(one.split()) for one in paragraphs)
+        return app.command(cls=_Command, help=text, epilog=_epilog(*examples, keys=keys))(function)
+
+    return register
 
 
 class LogFormat(StrEnum):
@@ -112,29 +153,27 @@ SnapshotFile = Annotated[
 ]
 
 
-@app.command(
-    epilog=_epilog(
-        ("The demo", "stream-em run configs/shuttle.yaml"),
-        (
-            "More components, smaller batches",
-            "stream-em run job.yaml model.n_components=12 learner.batch_size=500",
-        ),
-        (
-            "From a pipe, one JSON object a line",
-            "tail -F events.jsonl | stream-em run job.yaml source.path=-",
-        ),
-        ("Two columns are not for the model", "stream-em run job.yaml 'source.exclude=[id, comment]'"),
-        (
-            "Follow drift, by event time",
-            "stream-em run job.yaml source.time=ts 'learner.schedule={kind: half_life, half_life: 3600}'",
-        ),
-        ("Stop at the first bad event", "stream-em run job.yaml output.on_error=raise"),
-        (
-            "Watched by Prometheus",
-            "stream-em run kafka.yaml --metrics-port 9464 --stall-after 300 --log-format json",
-        ),
-        keys=True,
-    )
+@_command(
+    ("The demo", "stream-em run configs/shuttle.yaml"),
+    (
+        "More components, smaller batches",
+        "stream-em run job.yaml model.n_components=12 learner.batch_size=500",
+    ),
+    (
+        "From a pipe, one JSON object a line",
+        "tail -F events.jsonl | stream-em run job.yaml source.path=-",
+    ),
+    ("Two columns are not for the model", "stream-em run job.yaml 'source.exclude=[id, comment]'"),
+    (
+        "Follow drift, by event time",
+        "stream-em run job.yaml source.time=ts 'learner.schedule={kind: half_life, half_life: 3600}'",
+    ),
+    ("Stop at the first bad event", "stream-em run job.yaml output.on_error=raise"),
+    (
+        "Watched by Prometheus",
+        "stream-em run kafka.yaml --metrics-port 9464 --stall-after 300 --log-format json",
+    ),
+    keys=True,
 )
 def run(
     config: ConfigFile,
@@ -189,12 +228,10 @@ def run(
         _leave(run_job(job, console, read=[config], fresh=fresh, observer=monitor))
 
 
-@app.command(
-    epilog=_epilog(
-        ("Ten starts, the best is kept", "stream-em fit job.yaml learner.n_init=10"),
-        ("Until the gain is tiny", "stream-em fit job.yaml learner.tol=1e-6 learner.max_iter=500"),
-        keys=True,
-    )
+@_command(
+    ("Ten starts, the best is kept", "stream-em fit job.yaml learner.n_init=10"),
+    ("Until the gain is tiny", "stream-em fit job.yaml learner.tol=1e-6 learner.max_iter=500"),
+    keys=True,
 )
 def fit(config: ConfigFile, overrides: Overrides = None) -> None:
     """Fit a model by batch EM, which reads the source once for each iteration.
@@ -205,12 +242,10 @@ def fit(config: ConfigFile, overrides: Overrides = None) -> None:
     jobs.fit(load_config(config, overrides or []), Console(), read=[config])
 
 
-@app.command(
-    epilog=_epilog(
-        ("Two processes of this machine", "stream-em refit job.yaml -- --direct_num_workers=2"),
-        ("On Flink", "stream-em refit job.yaml -- --runner=FlinkRunner --flink_master=localhost:8081"),
-        keys=True,
-    )
+@_command(
+    ("Two processes of this machine", "stream-em refit job.yaml -- --direct_num_workers=2"),
+    ("On Flink", "stream-em refit job.yaml -- --runner=FlinkRunner --flink_master=localhost:8081"),
+    keys=True,
 )
 def refit(config: ConfigFile, overrides: Overrides = None) -> None:
     """Fit a model by batch EM on Apache Beam, one pipeline for each iteration; any of Beam's options after --.
@@ -231,16 +266,14 @@ def refit(config: ConfigFile, overrides: Overrides = None) -> None:
     beam_jobs.refit(load_config(config, keys), Console(), options)
 
 
-@app.command(
-    epilog=_epilog(
-        ("A file", "stream-em score model.arrow new.parquet -o scored.parquet"),
-        ("The source of a job", "stream-em score model.arrow job.yaml output.responsibilities=true"),
-        (
-            "With the truth at hand, to rate the score",
-            "stream-em score model.arrow new.csv source.label=fraud",
-        ),
-        ("A River data set", "stream-em score output/shuttle/model.arrow river:Shuttle"),
-    )
+@_command(
+    ("A file", "stream-em score model.arrow new.parquet -o scored.parquet"),
+    ("The source of a job", "stream-em score model.arrow job.yaml output.responsibilities=true"),
+    (
+        "With the truth at hand, to rate the score",
+        "stream-em score model.arrow new.csv source.label=fraud",
+    ),
+    ("A River data set", "stream-em score output/shuttle/model.arrow river:Shuttle"),
 )
 def score(
     snapshot: SnapshotFile,
@@ -265,7 +298,7 @@ def score(
     _leave(jobs.score(snapshot, _score_config(source, overrides or [], output), Console(), read=read))
 
 
-@app.command(epilog=_epilog(("The demo's model", "stream-em show output/shuttle/model.arrow")))
+@_command(("The demo's model", "stream-em show output/shuttle/model.arrow"))
 def show(
     snapshot: SnapshotFile,
     fields: Annotated[int, typer.Option("--fields", "-n", min=1, help="Fields to list per component.")] = 4,
@@ -286,7 +319,7 @@ def show(
     console.print(component_table(learner, fields))
 
 
-@app.command(epilog=_epilog(("The demo's model", "stream-em plot output/shuttle/model.arrow -o shuttle.png")))
+@_command(("The demo's model", "stream-em plot output/shuttle/model.arrow -o shuttle.png"))
 def plot(
     snapshot: SnapshotFile,
     output: Annotated[
@@ -310,12 +343,10 @@ def plot(
     say(Console(), f"wrote {path}")
 
 
-@app.command(
-    epilog=_epilog(
-        (
-            "Two workers that started from one model",
-            "stream-em merge monday.arrow tuesday.arrow -o both.arrow",
-        )
+@_command(
+    (
+        "Two workers that started from one model",
+        "stream-em merge monday.arrow tuesday.arrow -o both.arrow",
     )
 )
 def merge(

@@ -822,6 +822,8 @@ def test_help_teaches_by_examples(command, tmp_path):
     assert f"stream-em {command or 'run'} " in done.stdout
     if command == "run":
         assert "learner.schedule.alpha" in done.stdout
+        assert re.search(r"^ schema *$", done.stdout, re.M)
+        assert "One of refuse, ignore, add." in " ".join(done.stdout.split())
         assert "'source.exclude=[id, comment]'" in done.stdout
 
 
