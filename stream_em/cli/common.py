@@ -132,6 +132,11 @@ def set_aside(rejections: Iterable[Rejection], quarantine: Quarantine, config: C
         quarantine.add(rejection)
 
 
+def accepted_rows(batch: Batch) -> npt.NDArray[np.intp]:
+    """Return the rows (n,) of the events in what was encoded."""
+    return np.arange(batch.n_events) if batch.accepted is None else batch.accepted
+
+
 class Answers:
     """What was predicted for the events of a chunk, batch by batch."""
 
@@ -144,8 +149,7 @@ class Answers:
 
     def add(self, first_row: int, batch: Batch, prediction: Prediction, n_unknown: int = 0) -> npt.NDArray[np.intp]:
         """Take the answers for a batch, of which the first ones mean nothing yet; return its rows (n,) in the chunk."""
-        accepted = np.arange(batch.n_events) if batch.accepted is None else batch.accepted
-        self._kept.append(first_row + accepted)
+        self._kept.append(first_row + accepted_rows(batch))
         self._unknown.append(np.arange(batch.n_events) < n_unknown)
         self._predictions.append(prediction)
         return self._kept[-1]

@@ -16,6 +16,7 @@ from stream_em.cli.checkpoints import refuse_unfinished_run
 from stream_em.cli.common import (
     Answers,
     DataError,
+    accepted_rows,
     draw_learner,
     encode,
     explain,
@@ -100,6 +101,12 @@ def fit(config: Config, console: Console, *, read: Sequence[Path] = ()) -> None:
         if output.picture is not None:
             draw_learner(fitted, folder / output.picture)
             written.append(folder / output.picture)
+        ranking = LabelledRanking(config.source)
+        if ranking.wanted:
+            for chunk in stop.until(source, rows):
+                if len(chunk):
+                    batch = encode(fitted, chunk, learning=False)
+                    ranking.add(chunk.label, accepted_rows(batch), fitted.log_prob(batch))
     n_iterations = len(fitted.history)
     ending = "converged" if fitted.converged else "stopped before it converged: raise learner.max_iter"
     say(
@@ -110,6 +117,8 @@ def fit(config: Config, console: Console, *, read: Sequence[Path] = ()) -> None:
         "bold",
     )
     report(console, fitted, quarantine, Counter())
+    if not stop.requested:
+        ranking.report(console, after_warm_up=False)
     list_files(console, written)
 
 

@@ -237,7 +237,7 @@ def fit(config: ConfigFile, overrides: Overrides = None) -> None:
     """Fit a model by batch EM, which reads the source once for each iteration.
 
     Writes a snapshot, a picture, and the events that could not be used. Memory does not depend on the number
-    of events.
+    of events. Where there are labels, one more pass rates the anomaly score.
     """
     jobs.fit(load_config(config, overrides or []), Console(), read=[config])
 

@@ -130,11 +130,16 @@ class LabelledRanking:
     after
         What `state` returned, to go on there.
 
+    Attributes
+    ----------
+    wanted
+        Whether the source has labels.
+
     """
 
     def __init__(self, section: SourceSection, after: dict[str, Any] | None = None) -> None:
         self._score = RankingScore(after=None if after is None else after["score"])
-        self._wanted = section.label is not None or section.river is not None
+        self.wanted = section.label is not None or section.river is not None
         self._given = section.anomaly_labels
         self._unlabelled: int = 0 if after is None else after["unlabelled"]
         self._problem: str = "" if after is None else after["problem"]
@@ -150,7 +155,7 @@ class LabelledRanking:
         log_prob: npt.NDArray[np.float64],
     ) -> None:
         """Count events: the labels of a chunk, the rows (n,) of it that are meant, and their log-densities (n,)."""
-        if label is None or not len(kept) or self._problem or not self._wanted:
+        if label is None or not len(kept) or self._problem or not self.wanted:
             return
         label = label.slice(int(kept[0]), int(kept[-1] - kept[0]) + 1)
         if len(label) > len(kept):
@@ -191,7 +196,7 @@ class LabelledRanking:
 
     def report(self, console: Console, *, after_warm_up: bool) -> None:
         """Say how well the score ranks; that of a run, events of its warm-up have not."""
-        if not self._wanted:
+        if not self.wanted:
             return
         score, those = self._score, ", after the warm-up" if after_warm_up else ""
         if self._problem:

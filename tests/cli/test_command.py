@@ -666,6 +666,9 @@ class TestFit:
         expected = BatchEM(saved.model, max_iter=20, seed=0).fit(lambda: iter([table]))
         np.testing.assert_allclose(saved.history, expected.history, rtol=1e-9)
         assert (tmp_path / "output" / "picture.png").stat().st_size > 0
+        again = stream_em("score", "output/model.arrow", "job.yaml", arguments[0], cwd=tmp_path)
+        (rated,) = re.findall("^ROC-AUC .*", done.stdout, re.M)
+        assert rated in again.stdout
 
     def test_a_bad_event_is_counted_once_though_it_is_read_in_every_pass(self, tmp_path):
         lines = [json.dumps(event) for event in events(500).select(["x", "y"]).to_pylist()]
