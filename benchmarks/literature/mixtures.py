@@ -40,7 +40,8 @@ from stream_em.schedules import RobbinsMonro
 from stream_em.seeding import seed as seed_parameters
 
 N_EVENTS = 1_000_000
-N_SEEDS = 20
+# Ten iterations from random labels come to very different ends, whose median takes as many runs as the paper made.
+N_BATCH_SEEDS, N_ONLINE_SEEDS = 100, 20
 N_OWN_SEEDS = 10
 N_RACES = 3
 N_PASSES = 10
@@ -162,7 +163,7 @@ def log_likelihood(study: Study, parameters: MixtureParameters, batch: Batch) ->
 
 
 class Fits(NamedTuple):
-    """Log-likelihoods and adjusted Rand indices of one data set, by method."""
+    """Log-likelihoods and adjusted Rand indices of one data set, by the methods it was fitted with."""
 
     true: float
     log_likelihood: dict[str, float]
@@ -178,6 +179,8 @@ def fit_as_published(row: int, n_events: int, n_passes: int, seed: int) -> Fits:
     found: dict[str, float] = {}
     rand: dict[str, float] = {}
     for method, (_, published_rand) in study.published.items():
+        if method != BATCH and seed >= N_ONLINE_SEEDS:
+            continue
         if method == BATCH:
             fitted: BatchEM | OnlineEM = BatchEM(
                 study.model, schema=study.schema, initial_parameters=start, max_iter=10, tol=0.0
@@ -198,7 +201,13 @@ def fit_as_published(row: int, n_events: int, n_passes: int, seed: int) -> Fits:
         found[method] = float(prediction.log_prob.sum())
         if published_rand is not None:
             rand[method] = float(adjusted_rand_score(components, prediction.component))
-    return Fits(log_likelihood(study, study.truth, batch), found, rand, _maximum(study, batch))
+    maximum = _maximum(study, batch) if seed < N_ONLINE_SEEDS else None
+    return Fits(log_likelihood(study, study.truth, batch), found, rand, maximum)
+
+
+def by(method: str, fits: Sequence[Fits]) -> list[Fits]:
+    """The data sets that were fitted with a method."""
+    return [fit for fit in fits if method in fit.log_likelihood]
 
 
 def _maximum(study: Study, batch: Batch) -> float | None:
@@ -323,23 +332,25 @@ def run(row: int, setup: Setup) -> Section:
     n_events = setup.scaled(N_EVENTS, 2_000)
     n_passes = setup.scaled(N_PASSES)
     most_iterations = setup.scaled(MOST_ITERATIONS, 3)
-    seeds, own_seeds, race_seeds = setup.seeds(N_SEEDS), setup.seeds(N_OWN_SEEDS), setup.seeds(N_RACES)
+    seeds, own_seeds, race_seeds = setup.seeds(N_BATCH_SEEDS), setup.seeds(N_OWN_SEEDS), setup.seeds(N_RACES)
     fits = setup.map(partial(fit_as_published, row, n_events, n_passes), seeds)
     own = setup.map(partial(fit_with_own_seeding, row, n_events), own_seeds)
     races = setup.map(partial(race, row, n_events, most_iterations), race_seeds)
 
     def comparisons() -> Iterable[Comparison]:
         for method, (published, rand) in study.published.items():
-            ours = [fit.log_likelihood[method] for fit in fits]
-            failed = [found < fit.true - WRONG_BASIN * abs(fit.true) for found, fit in zip(ours, fits)]
+            fitted = by(method, fits)
+            ours = [fit.log_likelihood[method] for fit in fitted]
+            failed = [found < fit.true - WRONG_BASIN * abs(fit.true) for found, fit in zip(ours, fitted)]
             yield Comparison(f"{method}: log-likelihood", published, ours, 0.005 * abs(published), failed=failed)
             if rand is not None:
-                yield Comparison(f"{method}: ARI", rand, [fit.rand[method] for fit in fits], 0.01, ".4f")
+                yield Comparison(f"{method}: ARI", rand, [fit.rand[method] for fit in fitted], 0.01, ".4f")
 
     published_table = comparison_table(
         f"Row {row}. {study.name}: a million events from random labels",
         f"Nguyen, Forbes & McLachlan (2020, *Statistics and Computing* 30). {n_events:,} events for each of "
-        f"{len(fits)} seeds, {study.model.n_components} components; the start is an M-step on labels drawn uniformly; "
+        f"{len(fits)} seeds ({min(len(fits), N_ONLINE_SEEDS)} of them for mini-batches), {study.model.n_components} "
+        "components; the start is an M-step on labels drawn uniformly; "
         f"mini-batch EM goes {n_passes} times through the events, shuffled anew, with step size r^-0.6. Published are "
         f"medians of 100 runs. The true parameters have {spread([fit.true for fit in fits], ',.0f')} here. "
         f"{WRONG_BASIN_TEXT} From random labels that is a matter of budget, not of the limit: see how far batch EM "
@@ -362,7 +373,7 @@ def _own_table(
         )
     ]
     for method in study.published:
-        below = [100.0 * (fit.true - fit.log_likelihood[method]) / abs(fit.true) for fit in fits]
+        below = [100.0 * (fit.true - fit.log_likelihood[method]) / abs(fit.true) for fit in by(method, fits)]
         rows.append((f"{method}, random labels", *_shortfall(below), ""))
     if study.maximum is not None:
         found = [fit.maximum for fit in fits if fit.maximum is not None]
@@ -424,7 +435,7 @@ def _picture(study: Study, fits: Sequence[Fits], races: Sequence[Race]) -> tuple
     draw_runs(
         left,
         labels,
-        [[fit.log_likelihood[method] for fit in fits] for method in study.published],
+        [[fit.log_likelihood[method] for fit in by(method, fits)] for method in study.published],
         [published for published, _ in study.published.values()],
     )
     left.axhline(statistics.median(fit.true for fit in fits), color=INK, linewidth=0.8, linestyle=":")
