@@ -452,7 +452,7 @@ def _explained(error: BaseException) -> tuple[str, int]:
     if isinstance(error, (ConfigError, FamilyError)):
         return str(error), EXIT_CONFIG
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; nothing was written", EXIT_SIGNAL + Signals.SIGINT
+        return "interrupted before it was done", EXIT_SIGNAL + Signals.SIGINT
     if isinstance(error, OSError):
         place = "" if error.filename is None else f"{error.filename}: "
         return f"{place}{error.strerror or error}", EXIT_DATA
