@@ -269,9 +269,9 @@ class _JointBlock(Block):
         completed[:, observed[:, None], observed] = scatter
         completed[:, missing[:, None], observed] = across
         completed[:, observed[:, None], missing] = across.swapaxes(1, 2)
-        completed[:, missing[:, None], missing] = (
-            np.matmul(across, regression.swapaxes(1, 2)) + weight[:, None, None] * residual
-        )
+        within = np.matmul(across, regression.swapaxes(1, 2)) + weight[:, None, None] * residual
+        # Where fields are nearly collinear its rounding is not small beside it, and would leave it unsymmetric.
+        completed[:, missing[:, None], missing] = 0.5 * (within + within.swapaxes(1, 2))
         return Moments(weight, completed_mean, np.add.reduce(completed, axis=0) if self.tied else completed)
 
 
