@@ -148,7 +148,9 @@ def _cholesky_with_jitter(covariance: Array) -> tuple[Array, Array]:
     for index, matrix in enumerate(matrices):
         # In units of the standard deviations jitter means the same for every field.
         unit = np.sqrt(np.maximum(np.diagonal(matrix), SMALLEST_WEIGHT))
-        correlation = matrix / unit / unit[:, None]
+        # Where rounding has left a negative variance these overflow, and no jitter makes them positive definite.
+        with np.errstate(over="ignore"):
+            correlation = matrix / unit / unit[:, None]
         for jitter in (0.0, *(10.0**exponent for exponent in range(-12, 1))):
             candidate = correlation + jitter * np.eye(dimension)
             try:

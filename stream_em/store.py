@@ -620,7 +620,7 @@ def _check_moments(name: str, moments: Moments) -> None:
     of_fields = weight if moments.is_separate else weight[:, None]
     squares, held = of_fields * moments.mean**2, np.broadcast_to(of_fields, moments.mean.shape)
     if not moments.is_separate:
-        scatter = np.diagonal(scatter, axis1=-2, axis2=-1)
+        scatter = np.abs(scatter).max(axis=-1, initial=0.0)
     if moments.is_tied:
         squares, held = np.add.reduce(squares), np.add.reduce(held)
     # Of means and of mean squares, merging makes averages, so what is within these bounds stays within them.
