@@ -205,7 +205,7 @@ def test_options_that_do_not_go_together(job: Callable[..., list[str]]) -> None:
         cluster_events.run(job())
     with pytest.raises(ConfigError, match="--snapshot FILE is needed"):
         score.run(job())
-    with pytest.raises(SnapshotError, match=r"job\.yaml: not a readable Arrow file"):
+    with pytest.raises(SnapshotError, match=r"job\.yaml: not a stream_em snapshot"):
         score.run(job("--snapshot", "job.yaml"))
     with pytest.raises(ConfigError, match=r"is declared in schema\.fields"):
         refit_per_key.run(job("--key", "amount", schema__fields="{amount: numeric}"))
