@@ -25,7 +25,7 @@ from stream_em.numerics import Array
 from stream_em.plots import INK
 
 N_EVENTS = 10_000
-N_SEEDS = 100
+N_SEEDS = 50
 
 # Intercept, slope of U, slope of U² / 10.
 TRUE = np.array([[0.0, 5.0, 0.0], [15.0, 10.0, -10.0]])
