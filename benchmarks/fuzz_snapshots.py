@@ -325,6 +325,9 @@ class Watch:
 
     def __init__(self) -> None:
         self.seen: list[str] | None = None
+        # An Arrow buffer does not keep its pool: one that the garbage collector frees later goes back to a pool that
+        # must still be there.
+        self.pools: list[pa.MemoryPool] = []
         sys.addaudithook(self._note)
 
     def _note(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -355,6 +358,7 @@ def open_watched(content: bytes, watch: Watch) -> tuple[OnlineEM | BatchEM | Non
 def open_measured(content: bytes, watch: Watch) -> tuple[OnlineEM | BatchEM | None, list[str], int]:
     """Open a file; return what it holds, what was wrong, and the most bytes that were held at a time."""
     pool = pa.proxy_memory_pool(pa.system_memory_pool())
+    watch.pools.append(pool)
     before = pa.default_memory_pool()
     pa.set_memory_pool(pool)
     tracemalloc.start()
@@ -430,6 +434,7 @@ def work(first: int, last: int, step: int) -> None:
     """Open some files in this process, with little room and little time; print a line for each one that goes wrong."""
     originals, watch = prepare()
     counts: Counter[str] = Counter()
+    faulthandler.enable()
     for number in range(first, last, step):
         print(json.dumps({"at": number}), flush=True)
         faulthandler.dump_traceback_later(LONGEST, exit=True)

@@ -46,6 +46,17 @@ class PackedState(Protocol):
     def array(self, index: int, slot: int) -> Array:
         """Return a part of the vector that belongs to a factor."""
 
+    @property
+    def winner(self) -> int:
+        """Id of the most responsible component of the event scored last."""
+
+    @property
+    def responsibilities(self) -> list[float]:
+        """Responsibilities of the event scored last."""
+
+    def learn_values(self, values: Array, weight: float) -> float | None:
+        """Learn from one encoded event; return log p(event), None where nothing was learned."""
+
     def repair(self, n_events: int) -> None:
         """Take the M-step in NumPy after compiled code could not."""
 
@@ -91,6 +102,9 @@ class BlockKernel:
 
         """
         state, n_events = self._state, values.shape[1]
+        if n_events == 1:
+            # It has no spread that its offset from the pooled mean could be told from.
+            return self._learn_single(values[:, 0], 1.0 if weight is None else float(weight[0]), keep=keep)
         n_kept = n_events if keep else 0
         log_prob, winners = np.empty(n_events), np.empty(n_kept, dtype=np.int64)
         responsibilities = np.empty((state.model.n_components, n_kept))
@@ -113,3 +127,14 @@ class BlockKernel:
             state.repair(n_events if weight is None else int(np.count_nonzero(weight)))
         component = winners if self._ids_are_positions else state.component_ids[winners]
         return log_prob, component, responsibilities.T
+
+    def _learn_single(
+        self, values: Array, weight: float, *, keep: bool
+    ) -> tuple[Array, npt.NDArray[np.int64], Array] | None:
+        state = self._state
+        log_prob = state.learn_values(values, weight)
+        if log_prob is None:
+            return None
+        responsibilities = np.array([state.responsibilities] if keep else [], dtype=np.float64)
+        component = np.array([state.winner] if keep else [], dtype=np.int64)
+        return np.array([log_prob]), component, responsibilities.reshape(-1, state.model.n_components)

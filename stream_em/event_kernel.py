@@ -425,9 +425,10 @@ class EventKernel:
         return {"moments": Moments(weight, mean.copy(), scatter)}, GaussianParameters(location, spread)
 
     def _prepare_encoding(self) -> None:
-        order = [position for factor in self.factors for position in factor.positions.tolist()]
-        fields = [self.schema.fields[position] for position in order]
+        self._order = np.concatenate([factor.positions for factor in self.factors])
+        fields = [self.schema.fields[position] for position in self._order.tolist()]
         self._width = len(fields)
+        self._event = self._slice(compiled.EVENT, self._width)
         self._names = tuple(one.name for one in fields)
         self._known_names = frozenset(self._names)
         getter = itemgetter(*self._names)
@@ -449,6 +450,15 @@ class EventKernel:
         """
         return self._calls.learn
 
+    def learn_values(self, values: Array, weight: float = 1.0) -> float | None:
+        """Learn from one encoded event (D,), nothing missing; return log p(event) as it was before.
+
+        None when it has to be learned elsewhere; nothing has changed then.
+        """
+        self._event[:] = values[self._order]
+        log_prob: float = self._step(self.vector, weight, None, self.general)
+        return log_prob if log_prob < math.inf else self._learn_otherwise(log_prob, weight)
+
     @cached_property
     def score(self) -> Callable[[Mapping[str, Any]], float | None]:
         """Function that returns log p(event), None when the event cannot be used as it is; nothing is learned."""
@@ -466,8 +476,7 @@ class EventKernel:
         pack, memory, offset = self._pack_values, self._memory, self._offset
         vector, infinity, ignored_fields = self.vector, math.inf, self._ignored_fields
         ids, numbers = self.ids, self.vector.data
-        with _announced():
-            step = compiled.compiled_step(gaps=False, general=general is not None)
+        step = self._step
         encode_with_gaps, learn_otherwise, score_otherwise = (
             self._encode_with_gaps,
             self._learn_otherwise,
@@ -542,6 +551,11 @@ class EventKernel:
         except (TypeError, PackingError, OverflowError):
             return None
         return extra
+
+    @cached_property
+    def _step(self) -> Callable[..., float]:
+        with _announced():
+            return compiled.compiled_step(gaps=False, general=self.general is not None)
 
     @cached_property
     def _step_with_gaps(self) -> Callable[..., float]:

@@ -741,8 +741,14 @@ class OnlineEM(FittedMixture):
             return
         if not self._buffer:
             raise NotFittedError("the warm-up cannot end before any event was seen")
-        bound = self._bound_model()
-        seen = concatenate(self._buffer)
+        before = dict(self.__dict__)
+        try:
+            self._take_first_parameters(self._bound_model(), concatenate(self._buffer))
+        except BaseException:
+            self.__dict__.update(before)
+            raise
+
+    def _take_first_parameters(self, bound: Mixture, seen: Batch) -> None:
         start = seed_parameters(self.model, seen, np.random.default_rng(self.seed))
         statistics = self._windowed(self._expected(bound, start, seen, None), seen.n_events)
         self._parameters = self._m_step(bound, statistics)
@@ -1069,11 +1075,18 @@ class OnlineEM(FittedMixture):
         Raises
         ------
         ValueError
-            When the learner has learned already, or has no initial parameters.
+            When the learner has learned already, or has no initial parameters, or when the schedule forgets with event
+            time and the statistics do not say of what time they are.
 
         """
         if self.warming_up or self.statistics is not None:
             raise ValueError("only a learner with initial parameters that has learned nothing yet can resume a fit")
+        if statistics.half_life != self.schedule.half_life:
+            raise ValueError(
+                f"the statistics have half_life={statistics.half_life} and the schedule {self.schedule.half_life}; "
+                "give them that of the schedule, and the time that they are of: "
+                "dataclasses.replace(statistics, half_life=..., time=...)"
+            )
         statistics = self._windowed(statistics, n_events)
         self._state = replace(
             self._state, statistics=statistics, n_events=n_events, total_weight=statistics.total_weight, n_updates=1

@@ -341,6 +341,8 @@ class Source:
         self._roles = roles
         self._limit = limit
         self._started = False
+        # Fields with a role that some event has had.
+        self._met: set[str] = set()
         self.name = reader.name
         self.paths = () if reader.live else tuple(reader.paths)
         self.left_out = tuple(left_out)
@@ -462,12 +464,14 @@ class Source:
         )
 
     def _check_named(self, names: Collection[str], dicts: list[dict[str, Any]], path: str) -> None:
-        # In a stream of dicts a field may be absent from an event; one that a role names should not be absent
-        # from a whole chunk, least of all because its name has a typing error.
+        # In a stream of dicts a field may be absent from an event; one that a role names and that no event has had
+        # yet should not be absent from a whole chunk, least of all because its name has a typing error.
+        roles = (self._roles.label, self._roles.time, self._roles.weight)
+        named = {name for name in roles if name is not None and name not in self._met}
+        self._met |= named.intersection(names)
         if len(dicts) > 1 or not names:
-            for name in (self._roles.label, self._roles.time, self._roles.weight):
-                if name is not None and name not in names:
-                    raise SourceError(_missing_column(path, name, sorted(names)))
+            for name in sorted(named.difference(names)):
+                raise SourceError(_missing_column(path, name, sorted(names)))
 
 
 def open_source(

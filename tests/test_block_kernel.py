@@ -76,6 +76,26 @@ def test_mini_batches_agree_with_numpy(
         np.testing.assert_allclose(arrays[key], array, rtol=1e-9, atol=1e-9 * np.abs(array).max(), err_msg=key)
 
 
+@every_family
+def test_arrays_of_single_events_are_learned_as_the_events_that_they_hold(name: str) -> None:
+    by_array, by_batch, by_dict = (ready(name, batch_size=1) for _ in range(3))
+    batch = draw(50, 3)
+    assert blocks_of(by_array)
+    assert blocks_of(by_batch)
+    kernel = by_array._kernel
+    for number, values in enumerate(batch.values.T):
+        event = dict(zip(SCHEMA.names, values.tolist()))
+        wanted = by_dict.score_events([event])
+        found = by_array.predict_then_update(values[None])
+        by_dict.update(event)
+        np.testing.assert_allclose(found.log_prob, wanted.log_prob, rtol=1e-12)
+        np.testing.assert_allclose(found.responsibilities, wanted.responsibilities, atol=1e-12)
+        assert np.array_equal(found.component, wanted.component)
+        by_batch.update(batch.select(slice(number, number + 1)))
+    assert by_array._kernel is kernel
+    assert to_bytes(by_array) == to_bytes(by_dict) == to_bytes(by_batch)
+
+
 def test_the_usual_mini_batch_is_learned_in_compiled_code() -> None:
     learner = ready("mixed")
     assert blocks_of(learner).learn(draw(1_000, 5).values, keep=False) is not None

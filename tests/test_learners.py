@@ -47,6 +47,7 @@ from stream_em import (
 )
 from stream_em.families.gaussian import GaussianParameters
 from stream_em.learners import Prediction
+from stream_em.numerics import NumericalError
 from stream_em.schedules import Schedule
 from stream_em.store import from_bytes, to_bytes
 
@@ -1060,6 +1061,34 @@ def test_m_steps_go_on_at_once_after_a_short_warm_up_or_a_fit() -> None:
     resumed = OnlineEM(MODEL, schema=fitted.schema, initial_parameters=fitted.parameters)
     resumed.resume(fitted.statistics, 15).update(EVENTS[15:17])
     assert not np.array_equal(resumed.parameters.components.mean, fitted.parameters.components.mean)
+
+
+def test_a_fit_is_resumed_under_event_time_once_its_statistics_have_one() -> None:
+    fitted = BatchEM(MODEL, seed=0).fit(EVENTS)
+    assert fitted.statistics is not None
+    learner = OnlineEM(
+        MODEL, schema=fitted.schema, initial_parameters=fitted.parameters, schedule=HalfLife(60.0), first_m_step=1
+    )
+    with pytest.raises(ValueError, match=r"half_life=None and the schedule 60\.0"):
+        learner.resume(fitted.statistics, len(EVENTS))
+    learner.resume(replace(fitted.statistics, half_life=60.0, time=0.0), len(EVENTS))
+    learner.update(EVENTS[:1], time=[60.0])
+    assert learner.statistics is not None
+    assert learner.statistics.total_weight == pytest.approx(len(EVENTS) / 2 + 1)
+
+
+def test_a_warm_up_that_cannot_end_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = OnlineEM(MODEL, schedule=HalfLife(5.0, max_ahead=1.0), window=300, batch_size=10, warm_up=200).update(
+        EVENTS[:50], time=np.append(np.arange(49.0), 1e6)
+    )
+    before, n_ahead = to_bytes(learner), learner.n_ahead
+    with monkeypatch.context() as patch:
+        patch.setattr(Mixture, "m_step", lambda *_, **__: (_ for _ in ()).throw(NumericalError("no M-step")))
+        with pytest.raises(NumericalError):
+            learner.finish_warm_up()
+    assert (to_bytes(learner), learner.n_ahead) == (before, n_ahead)
+    learner.finish_warm_up()
+    assert not learner.warming_up
 
 
 @pytest.mark.parametrize("schedule", [RobbinsMonro(0.6), Constant(0.2)])

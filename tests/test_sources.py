@@ -364,6 +364,12 @@ class TestRefusals:
         for options in ({"exclude": ["contry"]}, {"only": ["contry"]}, {"fields": {"contry": "category"}}):
             self.refused("has no column 'contry'", tmp_path / "a.csv", **options)
 
+    def test_a_stream_that_leaves_its_label_out_for_a_while_goes_on(self, tmp_path):
+        lines = ['{"x": 1.0, "l": "a"}\n', *['{"x": 2.0}\n'] * 4]
+        (tmp_path / "a.jsonl").write_text("".join(lines))
+        chunks = list(open_source(tmp_path / "a.jsonl", label="l").chunks(2))
+        assert [label for chunk in chunks for label in chunk.label.to_pylist()] == ["a", None, None, None, None]
+
     def test_duplicate_columns(self, tmp_path):
         (tmp_path / "a.csv").write_text("x,y,x\n1,2,3\n")
         self.refused(r"a\.csv: has more than one column called 'x'", tmp_path / "a.csv")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ import pyarrow as pa
 from stream_em.columns import Roles, arrow_floats, arrow_seconds, floats_of, seconds_of
 from stream_em.models import Mixture
 from stream_em.numerics import Array
-from stream_em.schema import Batch, Schema, SchemaError, in_memory
+from stream_em.schema import Batch, FieldCounts, Schema, SchemaError, in_memory
 
 # Single events are gathered into blocks of this many before they are encoded.
 BLOCK_EVENTS = 4_096
@@ -77,7 +76,7 @@ class EventBlocks:
         self.size = size
         self._bound = None if model is None else model.bind(schema)
         self.rejected: list[RejectedEvent] = []
-        self.ignored_fields: Counter[str] = Counter()
+        self.ignored_fields = FieldCounts()
         self._waiting: list[Mapping[str, Any]] = []
 
     def add(self, element: Any) -> Iterator[Batch]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from stream_em.beam.coders import StatisticsCoder
 from stream_em.beam.events import EventBlocks
 from stream_em.columns import Roles
 from stream_em.models import Mixture, MixtureParameters
-from stream_em.schema import Batch, Schema
+from stream_em.schema import Batch, FieldCounts, Schema
 from stream_em.statistics import Statistics
 
 NAMESPACE = "stream_em"
@@ -50,7 +49,8 @@ class EventCounts(NamedTuple):
 
     def merge(self, other: EventCounts) -> EventCounts:
         """Return the counts of both."""
-        ignored = Counter(dict(self.ignored_fields)) + Counter(dict(other.ignored_fields))
+        ignored = FieldCounts(dict(self.ignored_fields))
+        ignored.update(dict(other.ignored_fields))
         return EventCounts(
             self.n_events + other.n_events, self.n_rejected + other.n_rejected, tuple(sorted(ignored.items()))
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from stream_em.beam.events import RejectedEvent, _event
 from stream_em.beam.expectation import NAMESPACE, REJECTED
 from stream_em.columns import Roles
 from stream_em.learners import NotFittedError, Prediction
-from stream_em.schema import Batch, EventError, SchemaError, in_memory
+from stream_em.schema import Batch, EventError, FieldCounts, SchemaError, in_memory
 from stream_em.seeding import concatenate
 from stream_em.store import Learner, SnapshotError, from_bytes
 
@@ -77,7 +76,7 @@ class Scores(NamedTuple):
     inferences: list[EventScore | pa.Table | RejectedEvent]
     n_events: int
     n_rejected: int
-    ignored_fields: Counter[str]
+    ignored_fields: FieldCounts
 
 
 class SnapshotModel:
@@ -130,7 +129,7 @@ class SnapshotModel:
             except SchemaError as error:
                 n_rejected += part.reject(str(error), inferences)
         n_events = 0
-        ignored_fields: Counter[str] = Counter()
+        ignored_fields = FieldCounts()
         if parts:
             batches = [part.batch for part in parts]
             prediction = self._learner.score_events(batches[0] if len(batches) == 1 else concatenate(batches))
