@@ -151,7 +151,7 @@ class _Run:
         self._start(checkpoint, learner)
 
     def _start(self, checkpoint: Checkpoint | None, learner: OnlineEM | None) -> None:
-        """Begin, or begin again where the checkpoint was taken."""
+        """Begin, or go on where the checkpoint was taken."""
         self.position: Position | None = None if checkpoint is None else checkpoint.position
         self._saved, self._saved_index = time.monotonic(), 0 if self.position is None else self.position["index"]
         self.n_events = self._n_before = 0 if checkpoint is None else checkpoint.n_events
