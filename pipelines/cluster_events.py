@@ -58,6 +58,11 @@ def run(argv: Sequence[str] | None = None) -> None:
     output, learner = config.output, config.learner
     initial = None if options.initial is None else load(options.initial)
     roles = make_roles(config)
+    if learner.structure is not None:
+        raise ConfigError(
+            "learner.structure: is for `stream-em run`; in a pipeline each key keeps its model.n_components: leave out "
+            "the structure"
+        )
     if chosen.kafka is not None and not chosen.topic:
         raise ConfigError("--topic NAME is needed with --kafka: the topic to read; it can be repeated")
     update: OnlineUpdate | GlobalUpdate

@@ -74,10 +74,6 @@ class BlockKernel:
     def __init__(self, state: PackedState) -> None:
         self._state = state
         self._table = feature_table((factor.positions, factor.kind == compiled.FULL) for factor in state.factors)
-        self._center = np.empty(len(state.schema))
-        self._pooled_means = [
-            (factor.positions, state.array(index, compiled.POOLED_MEAN)) for index, factor in enumerate(state.factors)
-        ]
         self._step = compiled_blocks.compiled_step_block(general=state.general is not None)
         self._ids_are_positions = np.array_equal(state.component_ids, np.arange(len(state.component_ids)))
 
@@ -89,7 +85,8 @@ class BlockKernel:
         Parameters
         ----------
         values
-            (D, B) at least one event, encoded with its schema, nothing missing.
+            (D, B) at least one event, encoded with its schema, in any layout. Of a block with a value that is missing
+            or out of the range of numbers nothing is learned.
         weight
             (B,), or None when all count alike.
         keep
@@ -108,13 +105,10 @@ class BlockKernel:
         n_kept = n_events if keep else 0
         log_prob, winners = np.empty(n_events), np.empty(n_kept, dtype=np.int64)
         responsibilities = np.empty((state.model.n_components, n_kept))
-        for positions, mean in self._pooled_means:
-            self._center[positions] = mean
         log_likelihood = self._step(
             state.vector,
             *self._table,
-            self._center,
-            np.ascontiguousarray(values),
+            values,
             NO_WEIGHT if weight is None else np.ascontiguousarray(weight),
             log_prob,
             responsibilities,

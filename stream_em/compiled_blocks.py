@@ -59,12 +59,21 @@ from stream_em.compiled import (
     entry_point,
 )
 from stream_em.families.gaussian import LARGEST_SQUARED_OFFSET
-from stream_em.numerics import EPSILON, LARGEST_LOG_DENSITY, LOG_RESPONSIBILITY_FLOOR, SMALLEST_WEIGHT, Array
+from stream_em.numerics import (
+    EPSILON,
+    LARGEST_LOG_DENSITY,
+    LARGEST_VALUE,
+    LOG_RESPONSIBILITY_FLOOR,
+    SMALLEST_WEIGHT,
+    Array,
+)
 
 MATRIX = types.Array(types.float64, 2, "C")
 
-# Events taken through features, softmax and sums at once, so that they stay near the core.
-CHUNK = 1024
+# Events taken through features, softmax and sums at once, so that they stay near the core; fewer where OpenBLAS then
+# multiplies matrices without packing them first.
+CHUNK, LEAST_CHUNK = 1024, 256
+UNPACKED_PRODUCTS = 1_000_000
 
 LOG2_E = 1.4426950408889634
 LN2_HIGH, LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
@@ -252,17 +261,26 @@ def _respond(shares: Array, log_prob: Array, scratch: Array) -> None:
     """Turn log-joints (K, B) into responsibilities in place, and write the log-sum-exp (B,)."""
     n_components, n_events = shares.shape
     largest, total = scratch[0], scratch[1]
-    for event in range(n_events):
-        largest[event] = shares[0, event]
-        total[event] = 0.0
-    for component in range(1, n_components):
-        row = shares[component]
-        for event in range(n_events):
-            largest[event] = max(largest[event], row[event])
+    n_within = 0
     for component in range(n_components):
         row = shares[component]
         for event in range(n_events):
-            row[event] -= largest[event]
+            n_within += 1 if abs(row[event]) <= -LOG_RESPONSIBILITY_FLOOR else 0
+    # Within these limits no exponential is subnormal or too large, so that nothing need be taken from the exponents.
+    shifted = n_within < n_components * n_events
+    for event in range(n_events):
+        largest[event] = shares[0, event] if shifted else 0.0
+        total[event] = 0.0
+    if shifted:
+        for component in range(1, n_components):
+            row = shares[component]
+            for event in range(n_events):
+                largest[event] = max(largest[event], row[event])
+    for component in range(n_components):
+        row = shares[component]
+        if shifted:
+            for event in range(n_events):
+                row[event] -= largest[event]
         _exponentiate(row, scratch[2])
         for event in range(n_events):
             total[event] += row[event]
@@ -433,11 +451,14 @@ def sum_features(
 
     """
     n_components, n_columns = theta.shape
-    size = min(CHUNK, stop - start)
-    memory, part = np.empty((n_columns + n_components + 3) * size), np.empty((n_components, n_columns))
+    chunk = UNPACKED_PRODUCTS // (n_components * n_columns)
+    if not LEAST_CHUNK <= chunk <= CHUNK:
+        chunk = CHUNK
+    size = min(chunk, stop - start)
+    memory, part = np.empty((n_columns + n_components + 3) * size), np.empty((n_columns, n_components))
     log_likelihood = 0.0
-    for first in range(start, stop, CHUNK):
-        length = min(CHUNK, stop - first)
+    for first in range(start, stop, chunk):
+        length = min(chunk, stop - first)
         a, b = n_columns * length, (n_columns + n_components) * length
         features = memory[:a].reshape(n_columns, length)
         shares = memory[a:b].reshape(n_components, length)
@@ -461,11 +482,31 @@ def sum_features(
         else:
             for event in range(length):
                 log_likelihood += told[event]
-        np.dot(shares, features.T, part)
+        np.dot(features, shares.T, part)
         for component in range(n_components):
             for column in range(n_columns):
-                sums[component, column] += part[component, column]
+                sums[component, column] += part[column, component]
     return log_likelihood
+
+
+@compiled
+def _load(state: Array, left: Any, events: Any, values: Array, center: Array) -> bool:
+    """Write the events (D, B) with no gaps in memory, and the pooled mean (D,); return whether all are usable."""
+    for event in range(events.shape[1]):
+        for field in range(events.shape[0]):
+            values[field, event] = events[field, event]
+    squares = 0.0
+    for value in values.ravel():
+        squares += value * value
+    start = 0
+    for index in range(int(state[N_FACTORS])):
+        row = HEADER + index * ROW
+        size = int(state[row + SIZE])
+        linear = start + (size * (size + 1) // 2 if int(state[row + KIND]) == FULL else size)
+        for i in range(size):
+            center[left[linear + i]] = state[at(int(state[row + POOLED_MEAN]) + i)]
+        start = linear + size
+    return squares < LARGEST_VALUE
 
 
 @entry
@@ -473,8 +514,7 @@ def step_block(
     state: Array,
     left: Any,
     right: Any,
-    center: Array,
-    values: Array,
+    events: Any,
     weight: Array,
     log_prob: Array,
     responsibilities: Array,
@@ -487,21 +527,25 @@ def step_block(
     ----------
     state
         The vector.
-    left, right, center, values, weight, log_prob, responsibilities, winners
-        As `sum_features` has them; the center is the pooled mean.
+    events
+        (D, B), in any layout.
+    left, right, weight, log_prob, responsibilities, winners
+        As `sum_features` has them; its center is the pooled mean.
     general
         None, or any number: whether there are covariances other than full ones.
 
     Returns
     -------
     log_likelihood
-        NaN when the block asks for more care than this code takes: nothing was learned then. Infinity when a
-        covariance could not be factorized: the statistics are then right, the parameters are not.
+        NaN when the block asks for more care than this code takes, or holds what is no plain number: nothing was
+        learned then. Infinity when a covariance could not be factorized: the statistics are then right, the parameters
+        are not.
 
     """
-    n_components, n_columns, n_events = int(state[N_COMPONENTS]), len(left) + 1, values.shape[1]
+    n_components, n_columns, n_events = int(state[N_COMPONENTS]), len(left) + 1, events.shape[1]
+    values, center = np.empty(events.shape), np.empty(events.shape[0])
     theta, sums = np.empty((n_components, n_columns)), np.zeros((n_components, n_columns))
-    if not _coefficients(state, theta):
+    if not (_load(state, left, events, values, center) and _coefficients(state, theta)):
         return np.nan
     log_likelihood = sum_features(
         theta, left, right, center, values, weight, 0, n_events, log_prob, responsibilities, winners, sums
@@ -535,17 +579,20 @@ def step_block(
 
 
 INDICES = types.Array(types.int64, 1, "C")
-EVENTS = (INDICES, INDICES, VECTOR, MATRIX, VECTOR)
+FEATURES = (INDICES, INDICES)
 ANSWERS = (VECTOR, MATRIX, INDICES)
 
 
 @cache
 def compiled_step_block(general: bool) -> Callable[..., float]:
     """Return `step_block`, compiled or loaded from disk, for the last argument None or 0."""
-    return entry_point(step_block, (VECTOR, *EVENTS, *ANSWERS, types.float64 if general else types.none))
+    events = types.Array(types.float64, 2, "A")
+    flag = types.float64 if general else types.none
+    return entry_point(step_block, (VECTOR, *FEATURES, events, VECTOR, *ANSWERS, flag))
 
 
 @cache
 def compiled_sum_features() -> Callable[..., float]:
     """Return `sum_features`, compiled or loaded from disk."""
-    return entry_point(sum_features, (MATRIX, *EVENTS, types.int64, types.int64, *ANSWERS, MATRIX))
+    events = (VECTOR, MATRIX, VECTOR)
+    return entry_point(sum_features, (MATRIX, *FEATURES, *events, types.int64, types.int64, *ANSWERS, MATRIX))

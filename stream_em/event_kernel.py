@@ -502,7 +502,10 @@ class EventKernel:
             ignored = NOTHING if encode(event) else encode_with_gaps(event, True)
             if ignored is None:
                 return None
-            if weight != 1.0 and not (weight == 0.0 or SMALLEST_SAMPLE_WEIGHT <= weight <= LARGEST_VALUE):
+            try:
+                if weight != 1.0 and not (weight == 0.0 or SMALLEST_SAMPLE_WEIGHT <= weight <= LARGEST_VALUE):
+                    return None
+            except TypeError:
                 return None
             told = step(vector, weight, None, general)
             log_prob = told if told < infinity else learn_otherwise(told, weight)

@@ -402,6 +402,8 @@ class OnlineEM(FittedMixture):
         self.seed = seed
         if window is not None:
             _check_room(window, batch_size, self.warm_up)
+        if structure is not None and self._bound is not None:
+            structure.check_memory(self._bound, model.n_components, self._memory)
         self._window = Window()
         self._clock = Clock()
         self._structure = StructureState()
@@ -581,7 +583,7 @@ class OnlineEM(FittedMixture):
     def _kernel_with(self, part: str, has_form: Callable[[Mixture, Schedule], bool]) -> EventKernel | None:
         """Return the kernel once a part of it is compiled, None where there is no compiled form or no way to it."""
         kernel = self._kernel
-        if self.averaging or any(one is not None for one in (self.window, self.structure, self.truncation)):
+        if self.averaging or self.window is not None or not (self.structure is None and self.truncation is None):
             return None
         if kernel is not None and part in kernel.__dict__:
             return kernel
@@ -904,7 +906,7 @@ class OnlineEM(FittedMixture):
         if self._kernel is None or type(rows) is not np.ndarray or rows.ndim != 2 or len(rows) > self._batch_size:
             return None
         kernel = self._kernel_with("blocks", has_compiled_blocks)
-        if kernel is None or not kernel.schema.takes_as_is(rows):
+        if kernel is None or not kernel.schema.takes_form(rows):
             return None
         restore = kernel.checkpoint()
         try:

@@ -72,16 +72,21 @@ def softmax_in_place(log_joint: Array) -> Array:
            [0.75, 0.5 ]])
 
     """
-    largest = np.maximum.reduce(log_joint, axis=0)
-    log_joint -= largest
     # Looking first is cheaper: comparing with a number costs as much as the exponential.
-    if np.minimum.reduce(log_joint, axis=None) < LOG_RESPONSIBILITY_FLOOR:
-        np.maximum(log_joint, LOG_RESPONSIBILITY_FLOOR, out=log_joint)
+    lowest, highest = np.minimum.reduce(log_joint, axis=None), np.maximum.reduce(log_joint, axis=None)
+    # Within these limits no exponential is subnormal or too large, so that nothing need be taken from the exponents.
+    largest = None
+    if not (lowest >= LOG_RESPONSIBILITY_FLOOR and highest <= -LOG_RESPONSIBILITY_FLOOR):
+        largest = np.maximum.reduce(log_joint, axis=0)
+        log_joint -= largest
+        if np.minimum.reduce(log_joint, axis=None) < LOG_RESPONSIBILITY_FLOOR:
+            np.maximum(log_joint, LOG_RESPONSIBILITY_FLOOR, out=log_joint)
     np.exp(log_joint, out=log_joint)
     total: Array = np.add.reduce(log_joint, axis=0)
     log_joint *= np.divide(1.0, total)
     np.log(total, out=total)
-    total += largest
+    if largest is not None:
+        total += largest
     return total
 
 

@@ -7,7 +7,7 @@ opened and nothing of a program's own figures is touched.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from stream_em.learners import BatchEM, OnlineEM
 
-History = Sequence[tuple[int, float, npt.ArrayLike | None]]
+History = Sequence[tuple[int, float, npt.ArrayLike | Mapping[int, float] | None]]
 Limits = tuple[float, float]
 
 # Kinds of fields whose values lie on an axis with a unit; the code of a category or flag does not.
@@ -33,7 +33,7 @@ MEASURED = ("numeric", "count", "duration")
 # Paul Tol's "muted" scheme, distinct under every common colour blindness; ordered so that the heaviest
 # components, which come first, contrast most.
 PALETTE = ("#332288", "#CC6677", "#44AA99", "#DDCC77", "#88CCEE", "#882255", "#999933", "#117733", "#AA4499")
-OTHERS = "#B4B4B4"
+OTHERS, GONE = "#B4B4B4", "#E8E8E8"
 INK = "#222222"
 QUIET = "#6A6A6A"
 
@@ -63,9 +63,9 @@ def plot_run(learner: OnlineEM | BatchEM, history: History | None, path: str | P
     learner
         A learner that has seen events.
     history
-        Rows of (events seen, mean log-likelihood per event in nats, weights (K,) or None where they were not
-        known), in order; None or empty when nothing was recorded. Rows that are not finite are left out of
-        the picture, which says how many.
+        Rows of (events seen, mean log-likelihood per event in nats, weights (K,), or by component id where
+        components come and go, or None where they were not known), in order; None or empty when nothing was
+        recorded. Rows that are not finite are left out of the picture, which says how many.
     path
         Where the picture is written; the suffix names the format (.png, .svg, .pdf).
 
@@ -264,6 +264,17 @@ class _Components:
     @property
     def n_colored(self) -> int:
         return min(len(PALETTE), len(self.ids))
+
+    def by_rank(self, weights: npt.ArrayLike | Mapping[int, float]) -> Array:
+        """Return weights of an earlier time, the heaviest component of today first; those of others summed, last."""
+        if isinstance(weights, Mapping):
+            found = [weights.get(identity, 0.0) for identity in self.ids]
+            gone = sum(weight for identity, weight in weights.items() if identity not in self.ids)
+            return np.array([*found, gone])
+        given = np.asarray(weights, dtype=np.float64)
+        if given.shape != self.weights.shape:
+            raise ValueError(f"history: weights of shape {given.shape}, expected {self.weights.shape}: one a component")
+        return np.append(given[self.order], 0.0)
 
     def percent(self, rank: int) -> str:
         return _percent(float(self.weights[rank]))
@@ -659,43 +670,38 @@ def _description(fields: Sequence[tuple[str, str]]) -> str:
 
 
 def _draw_weights_over_time(axes: Axes, parts: _Components, history: History) -> None:
-    rows = [
-        (float(n_events), np.asarray(weights, dtype=np.float64))
-        for n_events, _, weights in history
-        if weights is not None
-    ]
-    for _, weights in rows:
-        if weights.shape != parts.weights.shape:
-            raise ValueError(
-                f"history: weights of shape {weights.shape}, expected {parts.weights.shape}: one a component"
-            )
+    rows = [(float(n_events), parts.by_rank(weights)) for n_events, _, weights in history if weights is not None]
     known = [row for row in rows if math.isfinite(row[0]) and np.isfinite(row[1]).all()]
     notes = _left_out_note(len(rows) - len(known))
     if rows and len(rows) < len(history):
         notes.append(f"known from {rows[0][0]:,.0f} events on")
     _dress(axes, "Weights over time", notes)
-    _legend(axes, parts)
+    gone = any(row[1][-1] > 0.0 for row in known)
+    _legend(axes, parts, gone=gone)
     if not known:
         _nothing_recorded(axes)
         return
     # No more points than the picture is wide, and the newest among them.
     known = known[:: -max(1, len(known) // N_STACKED)][::-1]
     n_events = np.array([row[0] for row in known])
-    weights = np.array([row[1] for row in known]).T[parts.order]
+    weights = np.array([row[1] for row in known]).T
     if len(known) == 1:
         n_events, weights = np.array([0.0, n_events[0]]), np.repeat(weights, 2, axis=1)
     layers = list(weights[: parts.n_colored])
     colors = list(PALETTE[: parts.n_colored])
-    if len(weights) > parts.n_colored:
-        layers.append(weights[parts.n_colored :].sum(axis=0))
+    if len(parts.ids) > parts.n_colored:
+        layers.append(weights[parts.n_colored : -1].sum(axis=0))
         colors.append(OTHERS)
+    if gone:
+        layers.append(weights[-1])
+        colors.append(GONE)
     axes.stackplot(n_events, layers, colors=colors, linewidth=0.4, edgecolor="white")
     axes.set_ylim(0.0, 1.0)
     axes.set_yticks([0.0, 0.25, 0.5, 0.75, 1.0], ["0 %", "25 %", "50 %", "75 %", "100 %"])
     _events_axis(axes, history)
 
 
-def _legend(axes: Axes, parts: _Components) -> None:
+def _legend(axes: Axes, parts: _Components, *, gone: bool) -> None:
     from matplotlib.patches import Patch
 
     handles = [
@@ -706,6 +712,8 @@ def _legend(axes: Axes, parts: _Components) -> None:
     if rest:
         share = _percent(float(parts.weights[parts.n_colored :].sum()))
         handles.append(Patch(color=OTHERS, label=f"{rest} more   {share}"))
+    if gone:
+        handles.append(Patch(color=GONE, label="gone"))
     axes.legend(
         handles=handles[::-1],
         title="component, weight",

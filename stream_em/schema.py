@@ -619,11 +619,12 @@ class Schema:
     def _with_fields(self, fields: Iterable[Field]) -> Schema:
         return Schema((*self.fields, *fields), unknown=self.unknown)
 
-    def takes_as_is(self, events: npt.NDArray[Any]) -> bool:
-        """Whether an array is one of events (n, D), n > 0, that `encode` would neither refuse nor change, none missing.
+    def takes_form(self, events: npt.NDArray[Any]) -> bool:
+        """Whether an array is one of events (n, D), n > 0, that `encode` would not change, whatever its values.
 
-        >>> Schema({"x": "numeric"}).takes_as_is(np.array([[1.0], [np.nan]]))
-        False
+        >>> schema = Schema({"x": "numeric"})
+        >>> schema.takes_form(np.array([[1.0], [np.nan]])), schema.takes_form(np.array([[1]]))
+        (True, False)
 
         """
         return (
@@ -632,7 +633,7 @@ class Schema:
             and events.ndim == 2
             and events.shape[0] > 0
             and events.shape[1] == len(self.fields)
-            and _is_plain(events)
+            and events.flags.aligned
         )
 
     def _check_values(self, values: Array, errors: dict[int, EventError]) -> bool:

@@ -290,6 +290,17 @@ def test_one_component(tmp_path):
     assert "1 component learned from" in figure.get_suptitle()
 
 
+def test_components_that_came_and_went(tmp_path):
+    learner = Drawn([0.2, 0.8], np.arange(4.0).reshape(2, 2), np.ones((2, 2)), ids=[5, 9])
+    history = [(100, -2.0, {3: 0.4, 9: 0.6}), (200, -1.0, {5: 0.2, 9: 0.8})]
+    figure = plots.plot_run(learner, history, tmp_path / "run.png")
+    tops = [layer.get_paths()[0].vertices[:, 1].max() for layer in figure.axes[1].collections]
+    assert tops == pytest.approx([0.8, 1.0, 1.0])
+    entries = [text.get_text().split()[0] for text in figure.axes[1].get_legend().get_texts()]
+    assert entries == ["gone", "5", "9"]
+    assert holds_color(pixels(tmp_path / "run.png", figure)[1][1], plots.GONE)
+
+
 @pytest.mark.parametrize("history", [None, []])
 def test_nothing_recorded(tmp_path, history):
     figure = plots.plot_run(random_drawn(2), history, tmp_path / "run.png")

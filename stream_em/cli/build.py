@@ -103,16 +103,20 @@ def make_model(section: ModelSection, schema: Schema) -> Mixture:
 
 def make_online(config: Config, schema: Schema) -> OnlineEM:
     """Return the learner of `run`."""
-    section = config.learner
-    return OnlineEM(
-        make_model(config.model, schema),
-        schedule=section.schedule.make(),
-        schema=schema,
-        batch_size=section.batch_size,
-        warm_up=section.warm_up,
-        averaging=section.averaging,
-        seed=section.seed,
-    )
+    section, model = config.learner, make_model(config.model, schema)
+    try:
+        return OnlineEM(
+            model,
+            schedule=section.schedule.make(),
+            schema=schema,
+            batch_size=section.batch_size,
+            warm_up=section.warm_up,
+            averaging=section.averaging,
+            structure=None if section.structure is None else section.structure.make(),
+            seed=section.seed,
+        )
+    except ValueError as error:
+        raise ConfigError(f"learner: {error}") from error
 
 
 def make_batch(config: Config, schema: Schema) -> BatchEM:

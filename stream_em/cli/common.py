@@ -239,6 +239,9 @@ def nothing_usable(source: Source, quarantine: Quarantine) -> DataError:
 def report(console: Console, learner: OnlineEM | BatchEM, quarantine: Quarantine, left_out: Counter[str]) -> None:
     """Say what was learned, and what was left out."""
     console.print(component_table(learner))
+    if isinstance(learner, OnlineEM) and learner.structure is not None:
+        born, died, merged, split = learner.structure_changes
+        say(console, f"components: {born:,} born, {died:,} died, {merged:,} pairs merged, {split:,} split")
     report_counts(console, quarantine, left_out, learner.ignored_fields)
     if isinstance(learner, OnlineEM) and learner.n_ahead:
         say(

@@ -17,6 +17,7 @@ from stream_em.kafka import check_config as check_kafka_config
 from stream_em.schedules import Constant, HalfLife, Harmonic, RobbinsMonro, Schedule
 from stream_em.schema import Kind
 from stream_em.sources import STANDARD_INPUT
+from stream_em.structure import AdaptiveComponents
 
 FamilyName = Literal["gaussian", "categorical", "bernoulli", "poisson", "exponential"]
 
@@ -199,6 +200,37 @@ ScheduleSection = Annotated[
 ]
 
 
+class AdaptiveComponentsSection(Section):
+    """A number of components that follows the events; `model.n_components` is the first."""
+
+    kind: Literal["adaptive_components"]
+    births: bool = AdaptiveComponents.births
+    """Whether poorly explained events give rise to components."""
+    merges: bool = AdaptiveComponents.merges
+    """Whether components merge."""
+    splits: bool = AdaptiveComponents.splits
+    """Whether components split."""
+    max_components: int = AdaptiveComponents.max_components
+    """Most components."""
+    recent_events: int = AdaptiveComponents.recent_events
+    """Least number of events between checks, and most that are held to judge by."""
+    tail: float = AdaptiveComponents.tail
+    """Share of the events that count as poorly explained."""
+
+    def make(self) -> AdaptiveComponents:
+        """Return what the learner takes."""
+        return AdaptiveComponents(**self.model_dump(exclude={"kind"}))
+
+    @model_validator(mode="after")
+    def _in_range(self) -> Self:
+        self.make()
+        return self
+
+
+# Sections of the learner with a kind, which may stand for the whole: `schedule: harmonic`.
+DEFAULT_KINDS = {"schedule": "robbins_monro", "structure": "adaptive_components"}
+
+
 class LearnerSection(Section):
     """How the model learns."""
 
@@ -210,6 +242,8 @@ class LearnerSection(Section):
     """Events collected before the first components are made; left out, the library's default."""
     averaging: bool = False
     """Whether `run` averages the parameters over the second half of the stream."""
+    structure: AdaptiveComponentsSection | None = None
+    """How `run` changes the number of components; left out, it stays as it is."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of every random choice."""
     max_iter: Annotated[int, Field(ge=1)] = 100
@@ -219,9 +253,9 @@ class LearnerSection(Section):
     n_init: Annotated[int, Field(ge=1)] = 1
     """Starts of `fit`; the best one is kept."""
 
-    @field_validator("schedule", mode="before")
+    @field_validator(*DEFAULT_KINDS, mode="before")
     @classmethod
-    def _short_schedule(cls, value: object) -> object:
+    def _short_form(cls, value: object) -> object:
         return {"kind": value} if isinstance(value, str) else value
 
 
@@ -283,6 +317,11 @@ class Config(Section):
     def _consistent(self) -> Config:
         if isinstance(self.learner.schedule, HalfLifeSection) and self.source.time is None:
             raise ValueError("learner.schedule 'half_life' forgets by event time: name its column in source.time")
+        if self.learner.structure is not None and self.output.responsibilities:
+            raise ValueError(
+                "output.responsibilities: there is no column for each component where learner.structure lets them come "
+                "and go; leave out one of the two"
+            )
         if self.model.family != "auto" and self.model.families:
             raise ValueError("model.families needs model.family: auto")
         if self.fields_.fields:
@@ -353,19 +392,19 @@ def _override(content: dict[str, Any], text: str) -> tuple[str, ...]:
         below = section.get(name)
         if below is None:
             below = section[name] = {}
-        elif keys[: depth + 1] == ("learner", "schedule") and isinstance(below, str):
+        elif keys[:depth] == ("learner",) and name in DEFAULT_KINDS and isinstance(below, str):
             below = section[name] = {"kind": below}
         elif not isinstance(below, dict):
             raise ConfigError(f"{text!r}: {'.'.join(keys[: depth + 1])} is a value and has no keys")
         section = below
     # A lone hyphen, standard input, would be a list with nothing in it.
     parsed = value.strip() if value.strip() == STANDARD_INPUT else _parse(value, text)
-    if keys[:2] == ("learner", "schedule") and len(keys) == 3:
+    if keys[0] == "learner" and len(keys) == 3 and keys[1] in DEFAULT_KINDS:
         if keys[2] == "kind" and section.get("kind") != parsed:
-            # Another kind of schedule has other options.
+            # Another kind has other options.
             section.clear()
         else:
-            section.setdefault("kind", "robbins_monro")
+            section.setdefault("kind", DEFAULT_KINDS[keys[1]])
     section[keys[-1]] = parsed
     return keys
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ class History:
     """
 
     def __init__(self, after: dict[str, Any] | None = None) -> None:
-        self._points: list[tuple[int, float, int, npt.NDArray[np.float64]]] = []
+        self._points: list[tuple[int, float, int, dict[int, float]]] = []
         self._open = (0.0, 0)
         self._stride = 1
         self._n_batches = 0
@@ -35,20 +36,23 @@ class History:
             self._stride, self._n_batches, self._count, n_open = after["counts"]
             self._total, open_total = unpack(after["totals"]).tolist()
             self._open = (open_total, n_open)
-            weights = np.split(unpack(after["weights"]), np.cumsum(after["sizes"])[:-1])
+            everything = zip(after["component_ids"], unpack(after["weights"]).tolist())
+            weights = [dict(islice(everything, size)) for size in after["sizes"]]
             points = zip(after["n_events"], unpack(after["point_totals"]).tolist(), after["point_counts"], weights)
-            self._points = list(points) if after["sizes"] else []
+            self._points = list(points)
 
     def state(self) -> dict[str, Any]:
         """Return all of it as JSON can hold it."""
         weights = [weights for _, _, _, weights in self._points]
+        everything = [weight for one in weights for weight in one.values()]
         return {
             "counts": [self._stride, self._n_batches, self._count, self._open[1]],
             "totals": pack(np.array([self._total, self._open[0]])),
             "n_events": [n_events for n_events, _, _, _ in self._points],
             "point_totals": pack(np.array([total for _, total, _, _ in self._points])),
             "point_counts": [count for _, _, count, _ in self._points],
-            "weights": pack(np.concatenate(weights) if weights else np.empty(0)),
+            "weights": pack(np.array(everything)),
+            "component_ids": [identity for one in weights for identity in one],
             "sizes": [len(one) for one in weights],
         }
 
@@ -62,7 +66,9 @@ class History:
         self._open = (self._open[0] + total, self._open[1] + len(log_prob))
         self._n_batches += 1
         if self._n_batches % self._stride == 0:
-            self._points.append((n_events, *self._open, np.array(learner.parameters.weights)))
+            parameters = learner.parameters
+            weights = dict(zip(parameters.component_ids.tolist(), parameters.weights.tolist()))
+            self._points.append((n_events, *self._open, weights))
             self._open = (0.0, 0)
             if len(self._points) >= _MOST_POINTS:
                 pairs = zip(self._points[::2], self._points[1::2], strict=True)
@@ -79,8 +85,8 @@ class History:
         """The mean, for people."""
         return "not known" if self.mean is None else f"{self.mean:.4f}"
 
-    def points(self) -> list[tuple[int, float, npt.NDArray[np.float64]]]:
-        """Events so far, mean log-likelihood since the point before, weights."""
+    def points(self) -> list[tuple[int, float, dict[int, float]]]:
+        """Events so far, mean log-likelihood since the point before, weights by component id."""
         return [(n_events, total / count, weights) for n_events, total, count, weights in self._points]
 
     def facts(self, learner: OnlineEM) -> dict[str, str]:

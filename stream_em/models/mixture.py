@@ -25,8 +25,9 @@ Result = TypeVar("Result")
 
 NOTHING = np.empty(0, dtype=np.intp)
 
-# Blocks of events are large enough that calls cost little, yet small enough to stay near the core.
-NEAR_FEATURES, MOST_FEATURES = 2**16, 2**20
+# Blocks of events are large enough that calls cost little, yet small enough to stay near the core, and where that can
+# be, so small that OpenBLAS multiplies them without packing them first.
+UNPACKED_PRODUCTS, MOST_FEATURES = 1_000_000, 2**20
 USUAL_BLOCK, LARGEST_BLOCK = 1024, 8192
 
 # Each pass about better centers gains sixteen digits: enough to come from the largest values back to the smallest.
@@ -473,8 +474,8 @@ class _Expectation:
     def _pass(self, given: Array | None, into: Posterior | None, centers: Array | None) -> tuple[float, Array]:
         """Go through all blocks; with `centers` (K, D), sum the features about them."""
         n_events = self.batch.n_events
-        n_features = self.theta.shape[1]
-        size = min(LARGEST_BLOCK, max(USUAL_BLOCK, NEAR_FEATURES // n_features), max(1, MOST_FEATURES // n_features))
+        usual = max(USUAL_BLOCK, UNPACKED_PRODUCTS // self.theta.size)
+        size = min(LARGEST_BLOCK, usual, max(1, MOST_FEATURES // self.theta.shape[1]))
         size = 1 << (size.bit_length() - 1)
         own = self.direct
         if centers is not None and centers is not self.centers:
@@ -536,8 +537,9 @@ class _Expectation:
         features = _workspace("features", self.theta.shape[1], size)
         features[-1] = 1.0
         shares = _workspace("shares", self.n_components, size)
-        total = np.zeros(self.theta.shape)
-        sums = total if stop - start <= size else np.empty(self.theta.shape)
+        # Features first: OpenBLAS is faster that way round.
+        total = np.zeros(self.theta.shape[::-1])
+        sums = total if stop - start <= size else np.empty(total.shape)
         log_likelihood = 0.0
         weight = self.batch.weight
         for first in range(start, stop, size):
@@ -556,12 +558,12 @@ class _Expectation:
                 continue
             if weight is not None:
                 shares *= weight[span]
-            np.matmul(shares, features.T, out=sums)
+            np.matmul(features, shares.T, out=sums)
             for component in own:
-                sums[component] = self._features_about(span, centers[component]) @ shares[component]
+                sums[:, component] = self._features_about(span, centers[component]) @ shares[component]
             if sums is not total:
                 total += sums
-        return log_likelihood, total
+        return log_likelihood, np.ascontiguousarray(total.T)
 
     def _log_joint(self, span: slice, component: int) -> Array:
         observed = None if self.mask is None else self.mask[:, span]

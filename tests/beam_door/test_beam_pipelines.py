@@ -203,6 +203,8 @@ def test_options_that_do_not_go_together(job: Callable[..., list[str]]) -> None:
         refit_per_key.run(job())
     with pytest.raises(ConfigError, match="--key, or, for one model"):
         cluster_events.run(job())
+    with pytest.raises(ConfigError, match="in a pipeline each key keeps its"):
+        cluster_events.run(job("--key", "shop", learner__structure="adaptive_components"))
     with pytest.raises(ConfigError, match="--snapshot FILE is needed"):
         score.run(job())
     with pytest.raises(SnapshotError, match=r"job\.yaml: not a stream_em snapshot"):

@@ -778,6 +778,40 @@ class TestOptions:
         assert "19 events were dated further ahead" in " ".join(done.stdout.split())
         assert load(tmp_path / "output" / "model.arrow").marginals()[0].item() == pytest.approx(50, abs=0.5)
 
+    def test_components_come_and_go_with_the_events(self, tmp_path):
+        generator = np.random.default_rng(1)
+        early, late = np.array([[0.0, 0.0], [9.0, 0.0]]), np.array([[30.0, 30.0], [30.0, 40.0], [40.0, 30.0]])
+        centers = [early[generator.integers(2, size=5_000)], late[generator.integers(3, size=25_000)]]
+        points = np.concatenate(centers) + generator.normal(size=(30_000, 2))
+        pq.write_table(pa.table({"x": points[:, 0], "y": points[:, 1]}), tmp_path / "events.parquet")
+        learner = {"structure": "adaptive_components", "schedule": {"kind": "constant", "value": 0.05}}
+        write_job(
+            tmp_path,
+            source={"path": "events.parquet"},
+            learner={**SMALL["learner"], **learner},
+            model={"n_components": 5},
+        )
+        done = stream_em("run", "job.yaml", cwd=tmp_path)
+        assert re.search(r"components: \d+ born, \d+ died, \d+ pairs merged, [1-9]\d* split", done.stdout)
+        parameters = load(tmp_path / "output" / "model.arrow").parameters
+        heavy = parameters.weights > 0.2
+        found = parameters.components.mean[heavy].round().tolist()
+        assert sorted(found) == [[30.0, 30.0], [30.0, 40.0], [40.0, 30.0]]
+        scored = pq.read_table(tmp_path / "output" / "scored.parquet")
+        assert scored.num_rows == 30_000
+        last = np.unique(scored["component"][-2_000:].to_numpy())
+        assert set(parameters.component_ids[heavy]) <= set(last)
+        assert (tmp_path / "output" / "picture.png").exists()
+
+    def test_a_memory_too_short_for_the_components_is_told(self, ran, tmp_path):
+        folder, _ = ran
+        changes = ["learner.structure=adaptive_components", "learner.schedule={kind: constant, value: 0.9}"]
+        done = stream_em(
+            "run", folder / "job.yaml", *changes, "model.n_components=100", f"source.path={folder}/events.parquet",
+            f"output.folder={tmp_path}", cwd=tmp_path, code=2,
+        )  # fmt: skip
+        assert "learner: 100 components of" in done.stderr
+
     def test_families_by_kind_and_by_name(self, tmp_path):
         pq.write_table(events(), tmp_path / "events.parquet")
         fields = {"x": "numeric", "y": "numeric", "country": "category", "ok": "flag", "items": "count"}

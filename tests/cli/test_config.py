@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from stream_em import HalfLife
+from stream_em import AdaptiveComponents, HalfLife
 from stream_em.cli.config import ConfigError, check_config, describe_keys, load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -124,6 +124,29 @@ def test_overrides_of_the_schedule():
     given = {"learner": {"schedule": {"kind": "robbins_monro", "alpha": 0.7}}}
     changed = check(given, "learner.schedule.kind=constant", "learner.schedule.value=0.1")
     assert changed.learner.schedule.value == 0.1
+
+
+def test_overrides_of_the_structure():
+    assert check().learner.structure is None
+    assert check(None, "learner.structure=adaptive_components").learner.structure.make() == AdaptiveComponents()
+    changed = check(None, "learner.structure.tail=0.05", "learner.structure.splits=false")
+    assert changed.learner.structure.make() == AdaptiveComponents(tail=0.05, splits=False)
+    given = {"learner": {"structure": "adaptive_components"}}
+    assert check(given, "learner.structure.max_components=9").learner.structure.max_components == 9
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("learner.structure=adaptive", "expected one of adaptive_components, got 'adaptive'"),
+        ("learner.structure.tail=0.9", "learner.structure: tail must lie in (0, 0.5], got 0.9"),
+        ("learner.structure.tial=0.1", "learner.structure.tial: no such key; did you mean 'tail'?"),
+    ],
+)
+def test_refused_structures(override, message):
+    assert message in refused(None, override)
+    both = {"learner": {"structure": "adaptive_components"}, "output": {"responsibilities": True}}
+    assert "output.responsibilities: there is no column for each component" in refused(both)
 
 
 @pytest.mark.parametrize(

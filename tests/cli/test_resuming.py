@@ -130,6 +130,12 @@ class TestKilled:
             ["learner.averaging=true", "output.responsibilities=true"],
             ["learner.schedule={kind: half_life, half_life: 500.0}", "source.time=x"],
             ["model.family=auto", "model.assignment=hard", "schema.unknown=add", "learner.schedule=harmonic"],
+            [
+                "learner.structure={kind: adaptive_components, recent_events: 100}",
+                "learner.schedule={kind: constant, value: 0.2}",
+                "model.n_components=10",
+                "model.covariance_type=diag",
+            ],
             ["source.exclude=[c]", "schema.unknown=ignore", "schema.fields={x: numeric}", "source.limit=2001"],
         ],
     )

@@ -32,6 +32,7 @@ from stream_em import (
     Product,
     RobbinsMonro,
     Schema,
+    SchemaError,
     load,
     save,
 )
@@ -179,6 +180,8 @@ def test_weights_count_like_copies() -> None:
     assert weighted.to_learner().statistics.total_weight == pytest.approx(before + 5.0, rel=1e-12)
     with pytest.raises(EventError, match="weight"):
         weighted.learn_one(events[60], w=-1.0)
+    with pytest.raises(SchemaError, match="weight must be a number for each event, got 'much'"):
+        weighted.learn_one(events[60], w="much")
 
 
 # Features that come and go.
