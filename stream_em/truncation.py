@@ -28,16 +28,19 @@ class TruncationState:
         Number of the set that the parameters are held in.
     count
         Truncations so far.
+    whole
+        Mean and variance (D,) of all events at the start, None until they are needed.
 
     """
 
     start: Statistics | None = None
     level: int = 0
     count: int = 0
+    whole: tuple[Array, Array] | None = None
 
     def apply(self, change: Callable[[Statistics], Statistics]) -> TruncationState:
         """Return the state with a change made to the statistics at the start."""
-        return self if self.start is None else replace(self, start=change(self.start))
+        return self if self.start is None else replace(self, start=change(self.start), whole=None)
 
     def merge(self, other: TruncationState) -> TruncationState:
         """Return the state of a learner that begins anew with what two have learned."""
@@ -118,8 +121,9 @@ class ExpandingTruncations:
         if state.start is None:
             level = self._first_level(_extent(bound, parameters, *_all_events(bound, parameters)))
             return statistics, TruncationState(statistics, max(level, state.level), state.count)
-        at_start = bound.m_step(state.start)
-        if _extent(bound, parameters, *_all_events(bound, at_start)) <= self._radius(state.level):
+        whole = state.whole or _all_events(bound, bound.m_step(state.start))
+        state = replace(state, whole=whole)
+        if _extent(bound, parameters, *whole) <= self._radius(state.level):
             return statistics, state
         back = state.start.scale(statistics.total_weight / state.start.total_weight)
         back = replace(back, half_life=statistics.half_life, time=statistics.time)
