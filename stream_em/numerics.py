@@ -126,24 +126,30 @@ def cholesky(covariance: Array) -> tuple[Array, Array]:
     return covariance, factor
 
 
-def inverse_of_lower(factor: Array) -> Array:
-    """Inverses (..., D, D) of lower triangular matrices (..., D, D), such as Cholesky factors.
+def inverse_from_factor(factor: Array) -> Array:
+    """Inverses (..., D, D) of positive definite matrices, from their lower Cholesky factors (..., D, D).
 
-    >>> inverse_of_lower(np.array([[[2.0, 0.0], [1.0, 1.0]]]))
-    array([[[ 0.5,  0. ],
+    They are symmetric to the last digit, and no diagonal is negative.
+
+    >>> inverse_from_factor(np.array([[[2.0, 0.0], [1.0, 1.0]]]))
+    array([[[ 0.5, -0.5],
             [-0.5,  1. ]]])
 
     """
     dimension = factor.shape[-1]
     if dimension < SMALLEST_FOR_LAPACK:
-        return cast(Array, np.linalg.inv(factor))
-    from scipy.linalg.lapack import dtrtri
+        root = np.linalg.inv(factor)
+        return cast(Array, np.matmul(root.swapaxes(-1, -2), root))
+    from scipy.linalg.lapack import dpotri
 
     inverse = np.empty_like(factor)
     for one, into in zip(factor.reshape(-1, dimension, dimension), inverse.reshape(-1, dimension, dimension)):
-        # LAPACK's columns are NumPy's rows: what is lower here is upper there.
-        into[:] = dtrtri(one.T, lower=0)[0].T
-    return inverse
+        # LAPACK's columns are NumPy's rows: what is lower here is upper there. It leaves the zeros where they are.
+        into[:] = dpotri(one.T, lower=0)[0].T
+    mirrored = inverse + inverse.swapaxes(-1, -2)
+    diagonal = mirrored.reshape(*mirrored.shape[:-2], -1)[..., :: dimension + 1]
+    diagonal *= 0.5
+    return mirrored
 
 
 def _cholesky_with_jitter(covariance: Array) -> tuple[Array, Array]:

@@ -122,15 +122,11 @@ class Moments:
         else:
             mean = self.mean + share[:, None] * delta
             # Written so that the products are the same for (i, j) and (j, i) to the last digit.
-            if self.is_tied:
-                weighted = np.sqrt(reduced)[:, None] * delta
-                between = weighted.T @ weighted
-            else:
-                between = delta[:, :, None] * delta[:, None, :]
-                between *= reduced[:, None, None]
-        scatter = self.scatter + other.scatter
-        scatter += between
-        return Moments(weight, mean, scatter)
+            weighted = np.sqrt(reduced)[:, None] * delta
+            between = weighted.T @ weighted if self.is_tied else weighted[:, :, None] * weighted[:, None, :]
+        between += self.scatter
+        between += other.scatter
+        return Moments(weight, mean, between)
 
     def scale(self, factor: float) -> Moments:
         """Return the statistics with each event's weight multiplied by `factor`; means do not move."""

@@ -121,11 +121,11 @@ class ExpandingTruncations:
         if state.start is None:
             level = self._first_level(_extent(bound, parameters, *_all_events(bound, parameters)))
             return statistics, TruncationState(statistics, max(level, state.level), state.count)
-        whole = state.whole or _all_events(bound, bound.m_step(state.start))
+        start, whole = state.start, state.whole or _all_events(bound, bound.m_step(state.start))
         state = replace(state, whole=whole)
         if _extent(bound, parameters, *whole) <= self._radius(state.level):
             return statistics, state
-        back = state.start.scale(statistics.total_weight / state.start.total_weight)
+        back = start.scale(statistics.total_weight / start.total_weight)
         back = replace(back, half_life=statistics.half_life, time=statistics.time)
         return back, replace(state, level=state.level + 1, count=state.count + 1)
 

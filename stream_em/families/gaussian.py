@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from stream_em.numerics import (
     SMALLEST_WEIGHT,
     Array,
     cholesky,
-    inverse_of_lower,
+    inverse_from_factor,
     safe_divide,
 )
 from stream_em.schema import Field
@@ -82,8 +82,7 @@ class GaussianParameters:
     def precision(self) -> Array:
         """Inverse covariances, (K, D, D) or (D, D)."""
         # By way of the factor, so that they are symmetric and no diagonal is negative, however flat the covariance.
-        inverse = inverse_of_lower(self.factor)
-        return cast(Array, np.matmul(inverse.swapaxes(-1, -2), inverse))
+        return inverse_from_factor(self.factor)
 
     @cached_property
     def root_precision(self) -> Array:
@@ -227,9 +226,8 @@ class _JointBlock(Block):
         column = np.maximum(weight, SMALLEST_WEIGHT)[:, None]
         offset = first / column
         scatter = sums[:, self.layout.unpack]
-        between = offset[:, :, None] * offset[:, None, :]
-        between *= column[:, :, None]
-        scatter -= between
+        weighted = np.sqrt(column) * offset
+        scatter -= weighted[:, :, None] * weighted[:, None, :]
         diagonal = _diagonal(scatter)
         np.maximum(diagonal, 0.0, out=diagonal)
         own_centers = centers if self.observed is None else centers[:, self.observed]
@@ -535,15 +533,14 @@ class Gaussian(Family):
                 variance = scatter / total
             return mean, variance + self.reg_covar
         mean = prior.mean + share[:, None] * deviation
+        weighted = np.sqrt(prior.weight * share)[:, None] * deviation
         if self.covariance_type == "tied":
-            between = np.sqrt(prior.weight * share)[:, None] * deviation
-            scatter = moments.scatter + between.T @ between
+            scatter = moments.scatter + weighted.T @ weighted
             diagonal = _diagonal(scatter)
             diagonal += len(mean) * spread
             scatter /= np.add.reduce(total)
         else:
-            scatter = deviation[:, :, None] * deviation[:, None, :]
-            scatter *= (prior.weight * share)[:, None, None]
+            scatter = weighted[:, :, None] * weighted[:, None, :]
             scatter += moments.scatter
             diagonal = _diagonal(scatter)
             diagonal += spread

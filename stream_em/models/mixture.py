@@ -27,7 +27,7 @@ NOTHING = np.empty(0, dtype=np.intp)
 
 # Blocks of events are large enough that calls cost little, yet small enough to stay near the core, and where that can
 # be, so small that OpenBLAS multiplies them without packing them first.
-UNPACKED_PRODUCTS, MOST_FEATURES = 1_000_000, 2**20
+UNPACKED_PRODUCTS, MOST_FEATURES = 1_000_000, 2_400_000
 USUAL_BLOCK, LARGEST_BLOCK = 1024, 8192
 
 # Each pass about better centers gains sixteen digits: enough to come from the largest values back to the smallest.
@@ -475,8 +475,9 @@ class _Expectation:
         """Go through all blocks; with `centers` (K, D), sum the features about them."""
         n_events = self.batch.n_events
         usual = max(USUAL_BLOCK, UNPACKED_PRODUCTS // self.theta.size)
-        size = min(LARGEST_BLOCK, usual, max(1, MOST_FEATURES // self.theta.shape[1]))
-        size = 1 << (size.bit_length() - 1)
+        size = min(LARGEST_BLOCK, usual, MOST_FEATURES // self.theta.shape[1])
+        # Whole cache lines, and an odd number of them, so that the rows of a block do not compete for the same places.
+        size = 8 * (max(0, size // 8 - 1) | 1)
         own = self.direct
         if centers is not None and centers is not self.centers:
             own = np.flatnonzero((centers != self.center).any(axis=1))
