@@ -145,11 +145,11 @@ def inverse_from_factor(factor: Array) -> Array:
     inverse = np.empty_like(factor)
     for one, into in zip(factor.reshape(-1, dimension, dimension), inverse.reshape(-1, dimension, dimension)):
         # LAPACK's columns are NumPy's rows: what is lower here is upper there. It leaves the zeros where they are.
-        into[:] = dpotri(one.T, lower=0)[0].T
-    mirrored = inverse + inverse.swapaxes(-1, -2)
-    diagonal = mirrored.reshape(*mirrored.shape[:-2], -1)[..., :: dimension + 1]
+        half = dpotri(one.T, lower=0)[0]
+        np.add(half, half.T, out=into)
+    diagonal = inverse.reshape(*inverse.shape[:-2], -1)[..., :: dimension + 1]
     diagonal *= 0.5
-    return mirrored
+    return inverse
 
 
 def _cholesky_with_jitter(covariance: Array) -> tuple[Array, Array]:
