@@ -587,7 +587,7 @@ def test_a_snapshot_of_the_command_loads(tmp_path: Path) -> None:
     events = mixed_events(2_000)
     pq.write_table(pa.Table.from_pylist(events), tmp_path / "events.parquet")
     (tmp_path / "job.yaml").write_text(
-        "source: {path: events.parquet}\nmodel: {n_components: 2}\noutput: {folder: out}\n"
+        "source: {path: events.parquet}\nmodel: {n_components: 2}\noutput: {folder: out, picture: null}\n"
     )
     subprocess.run(
         [sys.executable, "-m", "stream_em.cli", "run", "job.yaml"], cwd=tmp_path, check=True, capture_output=True
