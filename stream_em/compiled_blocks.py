@@ -243,9 +243,10 @@ def _write_features(left: Any, right: Any, center: Array, values: Array, first: 
     n_features, n_events = len(left), features.shape[1]
     for row in range(n_features):
         if right[row] < 0:
-            source, target, middle = values[left[row]], features[row], center[left[row]]
+            source, target = values[left[row], first : first + n_events], features[row]
+            middle = center[left[row]]
             for event in range(n_events):
-                target[event] = source[first + event] - middle
+                target[event] = source[event] - middle
     for row in range(n_features):
         if right[row] >= 0:
             one, other, target = features[left[row]], features[right[row]], features[row]
@@ -314,7 +315,10 @@ def _find_winners(shares: Array, scratch: Array, winners: Array) -> None:
 
 @compiled
 def _keeps_digits(state: Array, sums: Array) -> bool:
-    """Whether no component's variance drowned in the rounding of its offset from the pooled mean."""
+    """Whether all values were plain numbers, and no variance drowned in the rounding of its offset.
+
+    The sums and the offsets are about the pooled mean.
+    """
     n_components, n_columns = sums.shape
     start = 0
     for index in range(int(state[N_FACTORS])):
@@ -328,6 +332,9 @@ def _keeps_digits(state: Array, sums: Array) -> bool:
                 total += sums[component, n_columns - 1]
                 first += sums[component, linear + i]
                 second += sums[component, square]
+            # Nor is it below where a value was missing.
+            if not second < LARGEST_VALUE:
+                return False
             pooled = max(second / total - (first / total) ** 2, 0.0)
             for component in range(n_components):
                 weight = sums[component, n_columns - 1]
@@ -490,14 +497,8 @@ def sum_features(
 
 
 @compiled
-def _load(state: Array, left: Any, events: Any, values: Array, center: Array) -> bool:
-    """Write the events (D, B) with no gaps in memory, and the pooled mean (D,); return whether all are usable."""
-    for event in range(events.shape[1]):
-        for field in range(events.shape[0]):
-            values[field, event] = events[field, event]
-    squares = 0.0
-    for value in values.ravel():
-        squares += value * value
+def _pooled_mean(state: Array, left: Any, center: Array) -> None:
+    """Write the pooled mean (D,) of the fields."""
     start = 0
     for index in range(int(state[N_FACTORS])):
         row = HEADER + index * ROW
@@ -506,7 +507,6 @@ def _load(state: Array, left: Any, events: Any, values: Array, center: Array) ->
         for i in range(size):
             center[left[linear + i]] = state[at(int(state[row + POOLED_MEAN]) + i)]
         start = linear + size
-    return squares < LARGEST_VALUE
 
 
 @entry
@@ -543,17 +543,21 @@ def step_block(
 
     """
     n_components, n_columns, n_events = int(state[N_COMPONENTS]), len(left) + 1, events.shape[1]
-    values, center = np.empty(events.shape), np.empty(events.shape[0])
     theta, sums = np.empty((n_components, n_columns)), np.zeros((n_components, n_columns))
-    if not (_load(state, left, events, values, center) and _coefficients(state, theta)):
+    if not _coefficients(state, theta):
         return np.nan
+    center = np.empty(events.shape[0])
+    _pooled_mean(state, left, center)
     log_likelihood = sum_features(
-        theta, left, right, center, values, weight, 0, n_events, log_prob, responsibilities, winners, sums
+        theta, left, right, center, events, weight, 0, n_events, log_prob, responsibilities, winners, sums
     )
     n_told, total_weight = float(n_events), float(n_events)
     if len(weight):
         n_told, total_weight = 0.0, 0.0
         for event in range(n_events):
+            # In the sum it may be hidden by a small weight.
+            if not log_prob[event] >= -LARGEST_LOG_DENSITY:
+                return np.nan
             n_told += 1.0 if weight[event] > 0.0 else 0.0
             total_weight += weight[event]
     seen, all_weight = state[N_EVENTS] + n_told, state[TOTAL_WEIGHT] + total_weight

@@ -111,6 +111,37 @@ def test_what_asks_for_care_changes_nothing_in_compiled_code(cause: str) -> None
     assert to_bytes(learner) == before
 
 
+@every_family
+@settings(max_examples=30)
+@given(
+    value=st.sampled_from([np.nan, np.inf, -np.inf, 1e60, -1e200]),
+    event=st.integers(0, 1_499),
+    field=st.integers(0, 3),
+    weight=st.sampled_from([None, 0.0, 1e-150, 1.0]),
+)
+def test_a_value_that_is_no_plain_number_changes_nothing_in_compiled_code(
+    name: str, value: float, event: int, field: int, weight: float | None
+) -> None:
+    learner, batch = ready(name), draw(1_500, 5)
+    values = batch.values.copy()
+    values[field, event] = value
+    weights = None if weight is None else np.ones(1_500)
+    if weights is not None and weight is not None:
+        weights[event] = weight
+    blocks, before = blocks_of(learner), to_bytes(learner)
+    learned = blocks.learn(values, weights, keep=True)
+    if learned is None:
+        assert to_bytes(learner) == before
+    else:
+        # What weighs next to nothing may be as far as it likes.
+        assert weight is not None
+        assert weight < 1.0
+        assert abs(value) == 1e60
+        assert learner.statistics is not None
+        for part in learner.statistics.parts.values():
+            assert all(np.isfinite(array).all() for array in part.arrays().values())
+
+
 @pytest.mark.parametrize("cause", ["missing", "far", "no events", "no weight"])
 def test_odd_mini_batches_between_compiled_ones_are_learned_in_numpy(cause: str) -> None:
     learner, reference = ready("full"), ready("full")
