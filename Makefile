@@ -67,10 +67,10 @@ river: $(RIVER_VERSIONS:%=$(VENV)-river-%/.ready)  ## run River's checks and our
 
 test-flink: $(READY)  ## run the tests of pipelines on Apache Flink
 	@$(MAKE) --no-print-directory flink-jars || echo "Flink cannot be fetched: its tests will be skipped" >&2
-	$(ONE_THREAD) $(BIN)/python -m pytest -rs -m flink tests/beam_door
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -rs -m flink tests/beam_door
 
 test-prism: $(READY) prism  ## run the tests of pipelines on Prism
-	$(ONE_THREAD) $(BIN)/python -m pytest -rs -m prism tests/beam_door
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -rs -m prism tests/beam_door
 
 flink-jars: .jars/flink/.ready  ## fetch Apache Flink and Beam's job server for it, by Maven
 	@cat $<
@@ -93,7 +93,7 @@ $(PRISM):
 .PHONY: kafka-jars test-kafka
 
 test-kafka: $(READY) kafka-jars  ## run the tests of Kafka against a real Kafka broker
-	$(ONE_THREAD) $(BIN)/python -m pytest -rs tests/test_kafka.py tests/cli/test_kafka_run.py tests/beam_door/test_beam_kafka.py
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -rs tests/test_kafka.py tests/cli/test_kafka_run.py tests/beam_door/test_beam_kafka.py
 
 kafka-jars: .jars/kafka/.ready
 

@@ -314,10 +314,10 @@ def _find_winners(shares: Array, scratch: Array, winners: Array) -> None:
 
 
 @compiled
-def _keeps_digits(state: Array, sums: Array) -> bool:
+def _keeps_digits(state: Array, sums: Array, scale: float) -> bool:
     """Whether all values were plain numbers, and no variance drowned in the rounding of its offset.
 
-    The sums and the offsets are about the pooled mean.
+    The sums and the offsets are about the pooled mean. `scale` is what the statistics so far will count.
     """
     n_components, n_columns = sums.shape
     start = 0
@@ -342,6 +342,10 @@ def _keeps_digits(state: Array, sums: Array) -> bool:
                     continue
                 squared = (sums[component, linear + i] / weight) ** 2
                 variance = max(sums[component, square] / weight - squared, 0.0)
+                # A few events hardly vary, but what they join does.
+                place = (component * size + i) * size + i if full else component * size + i
+                scatter = weight * variance + scale * state[at(int(state[row + SCATTER]) + place)]
+                variance = scatter / (weight + scale * state[at(int(state[WEIGHTS]) + component)])
                 # Against the whole range of the block a variance of 0 is as good as one of 1e-15.
                 if EPSILON * squared > 1e-9 * variance + 1e-15 * pooled:
                     return False
@@ -565,7 +569,7 @@ def step_block(
     scale = state[SCALE] * retention
     if not (scale >= SMALLEST_SCALE and total_weight > 0.0 and log_likelihood >= -LARGEST_LOG_DENSITY):
         return np.nan
-    if not _keeps_digits(state, sums):
+    if not _keeps_digits(state, sums, scale):
         return np.nan
     state[SCALE] = scale
     _absorb_sums(state, sums)

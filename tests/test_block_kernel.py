@@ -96,10 +96,12 @@ def test_arrays_of_single_events_are_learned_as_the_events_that_they_hold(name: 
     assert to_bytes(by_array) == to_bytes(by_dict) == to_bytes(by_batch)
 
 
-def test_the_usual_mini_batch_is_learned_in_compiled_code() -> None:
-    learner = ready("mixed")
-    assert blocks_of(learner).learn(draw(1_000, 5).values, keep=False) is not None
-    assert learner.n_events == 1_400
+@every_family
+@pytest.mark.parametrize("n_events", [1, 2, 3, 10, 1_000])
+def test_mini_batches_of_any_size_are_learned_in_compiled_code(name: str, n_events: int) -> None:
+    learner = ready(name)
+    assert blocks_of(learner).learn(draw(n_events, 5).values, keep=False) is not None
+    assert learner.n_events == 400 + n_events
 
 
 @pytest.mark.parametrize("cause", ["far", "no weight"])
