@@ -64,7 +64,9 @@ from stream_em.numerics import (
     LARGEST_LOG_DENSITY,
     LARGEST_VALUE,
     LOG_RESPONSIBILITY_FLOOR,
+    MOST_FEATURES,
     SMALLEST_WEIGHT,
+    UNPACKED_PRODUCTS,
     Array,
 )
 
@@ -73,7 +75,6 @@ MATRIX = types.Array(types.float64, 2, "C")
 # Events taken through features, softmax and sums at once, so that they stay near the core; fewer where OpenBLAS then
 # multiplies matrices without packing them first.
 CHUNK, LEAST_CHUNK = 1024, 256
-UNPACKED_PRODUCTS = 1_000_000
 
 LOG2_E = 1.4426950408889634
 LN2_HIGH, LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
@@ -307,10 +308,10 @@ def _find_winners(shares: Array, scratch: Array, winners: Array) -> None:
         winners[event] = 0
     for component in range(1, n_components):
         row = shares[component]
+        # Without a branch, which would be mispredicted often.
         for event in range(n_events):
-            if row[event] > largest[event]:
-                largest[event] = row[event]
-                winners[event] = component
+            winners[event] = component if row[event] > largest[event] else winners[event]
+            largest[event] = max(largest[event], row[event])
 
 
 @compiled
@@ -465,6 +466,7 @@ def sum_features(
     chunk = UNPACKED_PRODUCTS // (n_components * n_columns)
     if not LEAST_CHUNK <= chunk <= CHUNK:
         chunk = CHUNK
+    chunk = min(chunk, max(8, MOST_FEATURES // n_columns))
     size = min(chunk, stop - start)
     memory, part = np.empty((n_columns + n_components + 3) * size), np.empty((n_columns, n_components))
     log_likelihood = 0.0
@@ -472,7 +474,9 @@ def sum_features(
         length = min(chunk, stop - first)
         a, b = n_columns * length, (n_columns + n_components) * length
         features = memory[:a].reshape(n_columns, length)
-        shares = memory[a:b].reshape(n_components, length)
+        # Where responsibilities will not be weighted, they can be computed where they are wanted.
+        in_place = responsibilities.shape[1] == length and not len(weight)
+        shares = responsibilities if in_place else memory[a:b].reshape(n_components, length)
         scratch = memory[b : b + 3 * length].reshape(3, length)
         _write_features(left, right, center, values, first, features)
         np.dot(theta, features, shares)
@@ -480,7 +484,7 @@ def sum_features(
         _respond(shares, told, scratch)
         if len(winners):
             _find_winners(shares, scratch, winners[first : first + length])
-        if responsibilities.shape[1]:
+        if responsibilities.shape[1] and not in_place:
             for component in range(n_components):
                 for event in range(length):
                     responsibilities[component, first + event] = shares[component, event]

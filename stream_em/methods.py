@@ -19,6 +19,9 @@ from stream_em.numerics import check_whole
 from stream_em.schema import Batch, SchemaError
 from stream_em.statistics import Statistics, linear_combination
 
+# Densities, one for each event and component, that NumPy takes about as long for as compiled code takes to load.
+LOADING_DENSITIES = 20_000_000
+
 # Halvings of one step after which it is left out: less than 1e-15 of it would be taken.
 MOST_HALVINGS = 50
 
@@ -98,19 +101,42 @@ def iterations(
     array([[1.]])
 
     """
+    workload = Workload()
     while True:
-        statistics = _expected_of_all(bound, parameters, batches(), n_threads)
+        statistics = _expected_of_all(bound, parameters, batches(), n_threads, workload)
         iteration = iterate(bound, parameters, statistics, prior)
         parameters, prior = iteration.parameters, iteration.prior
         yield iteration
 
 
+class Workload:
+    """Counts the densities that were computed, which tells when compiled code will have made up for its loading.
+
+    Until then NumPy does the work. What decides is the work alone and no clock, so that the same events and settings
+    give the same numbers.
+
+    >>> workload = Workload()
+    >>> workload.is_large_with(10_000_000, 1), workload.is_large_with(5_000_000, 2)
+    (False, True)
+
+    """
+
+    def __init__(self) -> None:
+        self._n_densities = 0
+
+    def is_large_with(self, n_events: int, n_components: int) -> bool:
+        """Count an E-step; return whether there is enough work by now, this E-step included."""
+        self._n_densities += n_events * n_components
+        return self._n_densities >= LOADING_DENSITIES
+
+
 def _expected_of_all(
-    bound: Mixture, parameters: MixtureParameters, batches: Iterable[Batch], n_threads: int
+    bound: Mixture, parameters: MixtureParameters, batches: Iterable[Batch], n_threads: int, workload: Workload
 ) -> Statistics:
     total: Statistics | None = None
     for batch in batches:
-        statistics = bound.e_step(parameters, batch, n_threads=n_threads)
+        compiled = workload.is_large_with(batch.n_events, parameters.n_components)
+        statistics = bound.e_step(parameters, batch, n_threads=n_threads, compiled=compiled)
         total = statistics if total is None else total.merge(statistics)
     if total is None:
         raise SchemaError(
@@ -187,14 +213,15 @@ class Incremental(Method):
         *,
         n_threads: int = 1,
     ) -> Iterator[Iteration]:
-        held = list(batches())
+        held, workload = list(batches()), Workload()
         blocks = _blocks(held, self.batch_size)
         memory = [bound.e_step(parameters, block) for block in blocks]
         iteration = iterate(bound, parameters, _sums_from_the_end(memory)[0])
         parameters, prior = iteration.parameters, iteration.prior
         while True:
             yield iteration
-            objective = _objective(bound, parameters, _expected_of_all(bound, parameters, held, n_threads), prior)
+            now = _expected_of_all(bound, parameters, held, n_threads, workload)
+            objective = _objective(bound, parameters, now, prior)
             to_come = _sums_from_the_end(memory)
             done: Statistics | None = None
             for position, block in enumerate(blocks):
@@ -260,7 +287,7 @@ class VarianceReduced(Method):
         *,
         n_threads: int = 1,
     ) -> Iterator[Iteration]:
-        held = list(batches())
+        held, workload = list(batches()), Workload()
         blocks = _blocks(held, self.batch_size)
         n_blocks, step = len(blocks), _step_size(self.step, len(blocks))
         generator = np.random.default_rng(self.seed)
@@ -268,7 +295,7 @@ class VarianceReduced(Method):
         prior = None
         while True:
             snapshot = parameters
-            anchor = _expected_of_all(bound, snapshot, held, n_threads)
+            anchor = _expected_of_all(bound, snapshot, held, n_threads, workload)
             statistics = anchor if statistics is None else statistics
             prior = bound.prior(anchor) if prior is None else prior
             halvings = 0
@@ -342,7 +369,7 @@ class FIEM(Method):
         *,
         n_threads: int = 1,
     ) -> Iterator[Iteration]:
-        held = list(batches())
+        held, workload = list(batches()), Workload()
         blocks = _blocks(held, self.batch_size)
         n_blocks, step = len(blocks), _step_size(self.step, len(blocks))
         generator = np.random.default_rng(self.seed)
@@ -353,7 +380,7 @@ class FIEM(Method):
             yield iteration
             # Summed anew in each epoch, so that rounding does not pile up.
             total = _sums_from_the_end(memory)[0]
-            now = _expected_of_all(bound, parameters, held, n_threads)
+            now = _expected_of_all(bound, parameters, held, n_threads, workload)
             objective, halvings = _objective(bound, parameters, now, prior), 0
             order = zip(generator.permutation(n_blocks).tolist(), generator.integers(n_blocks, size=n_blocks).tolist())
             for renewed, taken in order:

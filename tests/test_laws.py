@@ -127,7 +127,7 @@ def test_blocks_may_be_cut_anywhere(name: str, data: st.DataObject) -> None:
 
 @every_family
 @pytest.mark.parametrize("missing", [0.0, 0.2])
-def test_large_batches_and_threads_give_the_statistics_of_small_blocks(name: str, missing: float) -> None:
+def test_large_batches_threads_and_compiled_code_give_the_statistics_of_small_blocks(name: str, missing: float) -> None:
     case = CASES[name]
     model, parameters = draw_parameters(case, 3, 5)
     batch = draw_batch(case, 9_000, 6, missing=missing, weighted=True)
@@ -138,6 +138,7 @@ def test_large_batches_and_threads_give_the_statistics_of_small_blocks(name: str
         merged = merged.merge(piece)
     assert_statistics_close(whole, merged)
     assert_statistics_close(model.e_step(parameters, batch, n_threads=2), whole)
+    assert_statistics_close(model.e_step(parameters, batch, compiled=True), whole)
 
 
 @every_family

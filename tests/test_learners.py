@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -799,6 +801,19 @@ def test_threads_change_no_result() -> None:
     one, two = (BatchEM(MODEL, n_threads=n_threads, max_iter=5).fit(events) for n_threads in (1, 2))
     np.testing.assert_allclose(one.history, two.history, rtol=1e-12)
     np.testing.assert_allclose(one.log_prob(events), two.log_prob(events), rtol=1e-9)
+
+
+def test_a_long_fit_goes_on_in_compiled_code_and_repeats_itself() -> None:
+    program = (
+        "import sys, numpy as np; from stream_em import *\n"
+        "events = np.random.default_rng(0).normal(size=(30_000, 2))\n"
+        "def fit(n): return BatchEM(Mixture(Gaussian(), 2), max_iter=n, tol=0.0).fit([events[:9], events[9:]])\n"
+        "fit(30); print('numba' in sys.modules)\n"
+        "once = fit(400).history; print('numba' in sys.modules, once == fit(400).history)\n"
+        "print(max(abs(after - before) for before, after in zip(once[330:], once[331:])) < 1e-6)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "True", "True", "True"], done.stderr
 
 
 def test_progress_is_shown_only_when_asked(capsys: pytest.CaptureFixture[str]) -> None:

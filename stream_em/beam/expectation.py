@@ -15,6 +15,7 @@ from threadpoolctl import threadpool_limits
 from stream_em.beam.coders import StatisticsCoder
 from stream_em.beam.events import EventBlocks
 from stream_em.columns import Roles
+from stream_em.methods import Workload
 from stream_em.models import Mixture, MixtureParameters
 from stream_em.schema import Batch, FieldCounts, Schema
 from stream_em.statistics import Statistics
@@ -27,6 +28,10 @@ REJECTED = "rejected"
 
 COUNTS = "counts"
 """Tag of the output of `EventCounts`, one value a bundle."""
+
+
+# Of this process: a worker that has had much to do will have more.
+_WORKLOAD = Workload()
 
 
 class EventCounts(NamedTuple):
@@ -177,7 +182,9 @@ class _Gathered:
         for batch in batches:
             self.n_events += batch.n_events
             for name, parameters in self._parameters.items():
-                new, known = self._bound.e_step(parameters, batch), self.statistics.get(name)
+                compiled = _WORKLOAD.is_large_with(batch.n_events, parameters.n_components)
+                new = self._bound.e_step(parameters, batch, compiled=compiled)
+                known = self.statistics.get(name)
                 self.statistics[name] = new if known is None else known.merge(new)
 
     def counts(self) -> EventCounts:

@@ -7,14 +7,22 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from stream_em.families.base import Block, Family, FamilyError, Mask, Parts, feature_table
-from stream_em.numerics import LARGEST_LOG_DENSITY, Array, check_whole, compiled_or_none, softmax_in_place
+from stream_em.numerics import (
+    LARGEST_LOG_DENSITY,
+    MOST_FEATURES,
+    UNPACKED_PRODUCTS,
+    Array,
+    check_whole,
+    compiled_or_none,
+    softmax_in_place,
+)
 from stream_em.schema import Batch, EventError, Schema
 from stream_em.statistics import Statistics, Sums
 
@@ -27,7 +35,6 @@ NOTHING = np.empty(0, dtype=np.intp)
 
 # Blocks of events are large enough that calls cost little, yet small enough to stay near the core, and where that can
 # be, so small that OpenBLAS multiplies them without packing them first.
-UNPACKED_PRODUCTS, MOST_FEATURES = 1_000_000, 2_400_000
 USUAL_BLOCK, LARGEST_BLOCK = 1024, 8192
 
 # Each pass about better centers gains sixteen digits: enough to come from the largest values back to the smallest.
@@ -217,7 +224,9 @@ class Mixture:
             np.arange(size, dtype=np.int64),
         )
 
-    def e_step(self, parameters: MixtureParameters, batch: Batch, *, n_threads: int = 1) -> Statistics:
+    def e_step(
+        self, parameters: MixtureParameters, batch: Batch, *, n_threads: int = 1, compiled: bool = False
+    ) -> Statistics:
         """Return the expected sufficient statistics of a batch.
 
         Parameters
@@ -227,10 +236,13 @@ class Mixture:
         batch
             Encoded events; their weights count, their times are left to the learner.
         n_threads
-            Threads that share the blocks of a large batch.
+            Threads that share the blocks of a large batch, in compiled code where there is some.
+        compiled
+            Whether one thread goes through compiled code as well. It is faster, up to twice, but takes a moment to
+            load, and sums differ in the last digits.
 
         """
-        return self.bind(batch.schema)._expect(parameters, batch, n_threads=n_threads)[0]
+        return self.bind(batch.schema)._expect(parameters, batch, n_threads=n_threads, compiled=compiled)[0]
 
     def e_step_with_posterior(self, parameters: MixtureParameters, batch: Batch) -> tuple[Statistics, Posterior]:
         """Return the expected sufficient statistics and what they were made from, in one E-step."""
@@ -357,6 +369,7 @@ class Mixture:
         keep: bool = False,
         collect: bool = True,
         n_threads: int = 1,
+        compiled: bool = False,
     ) -> tuple[Statistics, Posterior | None]:
         """Run the E-step of a bound model; `given` responsibilities replace those of the parameters."""
         self.check(batch)
@@ -367,12 +380,12 @@ class Mixture:
         with _far_events():
             for positions, observed in _missing_patterns(batch, self.family):
                 if positions is None:
-                    expectation = _Expectation(self, parameters, batch, observed, n_threads)
+                    expectation = _Expectation(self, parameters, batch, observed, n_threads, compiled)
                     of_pattern = expectation.run(given, posterior, collect)
                 else:
                     alike = batch.select(positions)
                     into = _empty_posterior(parameters, alike) if keep else None
-                    expectation = _Expectation(self, parameters, alike, observed, n_threads)
+                    expectation = _Expectation(self, parameters, alike, observed, n_threads, compiled)
                     of_pattern = expectation.run(None if given is None else given[:, positions], into, collect)
                     if posterior is not None and into is not None:
                         posterior.log_prob[positions] = into.log_prob
@@ -436,12 +449,19 @@ class _Expectation:
     """One E-step over events that miss the same joint fields."""
 
     def __init__(
-        self, model: Mixture, parameters: MixtureParameters, batch: Batch, observed: Mask | None, n_threads: int
+        self,
+        model: Mixture,
+        parameters: MixtureParameters,
+        batch: Batch,
+        observed: Mask | None,
+        n_threads: int,
+        compiled: bool,
     ) -> None:
         self.hard = model.assignment == "hard"
         self.batch = batch
         self.mask = batch.observed if observed is not None else None
         self.n_threads = n_threads
+        self.compiled = compiled
         self.n_components = parameters.n_components
         self.block: Block = model.family.block(parameters.components, observed)
         self.center = batch.center
@@ -481,19 +501,20 @@ class _Expectation:
         own = self.direct
         if centers is not None and centers is not self.centers:
             own = np.flatnonzero((centers != self.center).any(axis=1))
-        if n_events <= size:
-            return self._blocks(0, n_events, size, given, into, centers, own)
-        starts = list(range(0, n_events, size))
+        starts = range(0, n_events, size)
         n_threads = min(self.n_threads, len(starts))
-        if n_threads == 1:
-            return self._blocks(0, n_events, size, given, into, centers, own)
+        blocks = None
+        if self.compiled or n_threads > 1:
+            blocks = self._compiled_blocks(given, into, centers, own)
+        if blocks is None:
+            blocks = partial(self._blocks, size=size, given=given, into=into, centers=centers, own=own)
+        if n_threads <= 1:
+            return blocks(0, n_events)
         bounds = [starts[len(starts) * thread // n_threads] for thread in range(n_threads)] + [n_events]
-        blocks = self._compiled_blocks(given, into, centers, own) or (
-            lambda start, stop: self._blocks(start, stop, size, given, into, centers, own)
-        )
         # Threads that lived on would be missing, and waited for, in a process forked later.
-        with _one_blas_thread(), ThreadPoolExecutor(n_threads) as threads:
-            log_likelihoods, sums = zip(*threads.map(_without_warnings(blocks), bounds[:-1], bounds[1:]))
+        with _one_blas_thread(), ThreadPoolExecutor(n_threads - 1) as threads:
+            others = threads.map(_without_warnings(blocks), bounds[1:-1], bounds[2:])
+            log_likelihoods, sums = zip(blocks(*bounds[:2]), *others)
         return sum(log_likelihoods), np.add.reduce(sums)
 
     def _compiled_blocks(
@@ -503,7 +524,7 @@ class _Expectation:
         factors = self.block.quadratic_factors()
         if factors is None or given is not None or self.hard or len(self.direct) or len(own):
             return None
-        sum_features = compiled_or_none(_compiled_sum_features)
+        sum_features = _sum_features()
         if sum_features is None:
             return None
         nothing = np.empty(0)
@@ -520,7 +541,7 @@ class _Expectation:
             if log_likelihood >= -LARGEST_LOG_DENSITY:
                 return log_likelihood, sums
             # Some event is impossible under every component.
-            return self._blocks(start, stop, USUAL_BLOCK, given, into, centers, own)
+            return self._blocks(start, stop, size=USUAL_BLOCK, given=given, into=into, centers=centers, own=own)
 
         return blocks
 
@@ -528,6 +549,7 @@ class _Expectation:
         self,
         start: int,
         stop: int,
+        *,
         size: int,
         given: Array | None,
         into: Posterior | None,
@@ -622,10 +644,14 @@ def _far_events() -> np.errstate:
     return np.errstate(over="ignore", invalid="ignore")
 
 
-def _compiled_sum_features() -> Callable[..., float]:
-    from stream_em.compiled_blocks import compiled_sum_features
+@lru_cache(maxsize=1)
+def _sum_features() -> Callable[..., float] | None:
+    def load() -> Callable[..., float]:
+        from stream_em.compiled_blocks import compiled_sum_features
 
-    return compiled_sum_features()
+        return compiled_sum_features()
+
+    return compiled_or_none(load)
 
 
 @lru_cache(maxsize=1)
