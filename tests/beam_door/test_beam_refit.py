@@ -43,6 +43,11 @@ def shards(batch: Batch, n_shards: int) -> list[Batch]:
     return [batch.select(slice(*pair)) for pair in pairwise(bounds)]
 
 
+# With several workers, Beam's FnApiRunner rarely cannot read what it has itself put on its wire; its own tests with
+# several workers are known to be unreliable (https://github.com/apache/beam/issues/21104).
+several_workers = pytest.mark.flaky(reruns=2, only_rerun=["Invalid PaneInfoEncoding"])
+
+
 def workers(number: int) -> PipelineOptions:
     """That many bundles at a time, each in a thread of its own."""
     return PipelineOptions([f"--direct_num_workers={number}", "--direct_running_mode=multi_threading"])
@@ -103,6 +108,7 @@ def test_refit_is_batch_em_in_every_family(name: str) -> None:
     assert found.counts == EventCounts(300)
 
 
+@several_workers
 @pytest.mark.parametrize(("n_shards", "n_workers", "fanout"), [(1, 1, None), (2, 2, None), (8, 8, 2), (64, 4, 3)])
 def test_refit_is_batch_em_however_the_events_are_sharded(n_shards: int, n_workers: int, fanout: int | None) -> None:
     case = CASES["product"]
@@ -167,6 +173,7 @@ def test_iris_reaches_the_known_optimum() -> None:
         assert_that(pipeline | beam.Create(np.array_split(IRIS, 5)) | Refit(model, unrolled=40, **options), check)
 
 
+@several_workers
 def test_seeding_does_not_depend_on_how_blocks_are_dealt_out() -> None:
     batch = draw_batch(CASES["product"], 900, 7, missing=0.1, weighted=True)
     pieces = shards(batch, 9)
@@ -414,6 +421,7 @@ MIXED = [
 ]
 
 
+@several_workers
 @pytest.mark.parametrize("n_workers", [1, 3])
 def test_the_schema_does_not_depend_on_the_shards(n_workers: int) -> None:
     expected = (
@@ -467,6 +475,7 @@ def test_fields_that_cannot_be_told_are_named(events: list[Any], reason: str) ->
         Refit(Mixture(Gaussian(), 1)).run(beam.Create(events), runner=RUNNER)
 
 
+@several_workers
 def test_an_id_is_not_counted_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stream_em.beam.survey.MOST_LABELS", 20)
     events = [{"id": f"{number}", "kind": f"{number % 20}"} for number in range(30)]
