@@ -76,6 +76,9 @@ MATRIX = types.Array(types.float64, 2, "C")
 # multiplies matrices without packing them first.
 CHUNK, LEAST_CHUNK = 1024, 256
 
+# Up to so many coefficients, matrices are too small for OpenBLAS, which packs what it multiplies, to be faster.
+MOST_COEFFICIENTS = 600
+
 LOG2_E = 1.4426950408889634
 LN2_HIGH, LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
 # Adding 1.5 * 2^52 leaves no bits for a fraction: the sum is rounded to a whole number, in its lowest bits.
@@ -424,6 +427,66 @@ def _absorb_sums(state: Array, sums: Array) -> None:
         state[at(weights + component)] += sums[component, n_columns - 1] * inverse_scale
 
 
+@compiled
+def _project(theta: Array, features: Array, log_joint: Array) -> None:
+    """Write theta @ features, the last of which is 1: two components and four features at a time."""
+    n_components, n_features = theta.shape[0], theta.shape[1] - 1
+    n_events = features.shape[1]
+    for first in range(0, n_components, 2):
+        # The last of an odd number is written twice.
+        second = min(first + 1, n_components - 1)
+        one, other = log_joint[first], log_joint[second]
+        constant, other_constant = theta[first, n_features], theta[second, n_features]
+        for event in range(n_events):
+            one[event] = constant
+            other[event] = other_constant
+        if first == second:
+            for row in range(n_features):
+                feature, coefficient = features[row], theta[first, row]
+                for event in range(n_events):
+                    one[event] += coefficient * feature[event]
+            break
+        for row in range(0, n_features - 3, 4):
+            x0, x1, x2, x3 = features[row], features[row + 1], features[row + 2], features[row + 3]
+            a0, a1, a2, a3 = theta[first, row], theta[first, row + 1], theta[first, row + 2], theta[first, row + 3]
+            b0, b1, b2, b3 = theta[second, row], theta[second, row + 1], theta[second, row + 2], theta[second, row + 3]
+            for event in range(n_events):
+                one[event] += a0 * x0[event] + a1 * x1[event] + a2 * x2[event] + a3 * x3[event]
+                other[event] += b0 * x0[event] + b1 * x1[event] + b2 * x2[event] + b3 * x3[event]
+        for row in range(n_features // 4 * 4, n_features):
+            feature, coefficient, other_coefficient = features[row], theta[first, row], theta[second, row]
+            for event in range(n_events):
+                one[event] += coefficient * feature[event]
+                other[event] += other_coefficient * feature[event]
+
+
+@compiled
+def _accumulate(shares: Array, features: Array, sums: Array) -> None:
+    """Add shares @ features.T to the sums: two components and two features at a time."""
+    n_components, n_events = shares.shape
+    n_columns = len(features)
+    for first in range(0, n_components, 2):
+        second = min(first + 1, n_components - 1)
+        one, other = shares[first], shares[second]
+        for row in range(0, n_columns, 2):
+            next_row = min(row + 1, n_columns - 1)
+            x0, x1 = features[row], features[next_row]
+            a0, a1, b0, b1 = 0.0, 0.0, 0.0, 0.0
+            for event in range(n_events):
+                a0 += one[event] * x0[event]
+                a1 += one[event] * x1[event]
+                b0 += other[event] * x0[event]
+                b1 += other[event] * x1[event]
+            # The last of an odd number is computed twice, but added once.
+            sums[first, row] += a0
+            if next_row > row:
+                sums[first, next_row] += a1
+            if second > first:
+                sums[second, row] += b0
+                if next_row > row:
+                    sums[second, next_row] += b1
+
+
 @entry
 def sum_features(
     theta: Array,
@@ -463,6 +526,7 @@ def sum_features(
 
     """
     n_components, n_columns = theta.shape
+    small = theta.size <= MOST_COEFFICIENTS
     chunk = UNPACKED_PRODUCTS // (n_components * n_columns)
     if not LEAST_CHUNK <= chunk <= CHUNK:
         chunk = CHUNK
@@ -479,7 +543,10 @@ def sum_features(
         shares = responsibilities if in_place else memory[a:b].reshape(n_components, length)
         scratch = memory[b : b + 3 * length].reshape(3, length)
         _write_features(left, right, center, values, first, features)
-        np.dot(theta, features, shares)
+        if small:
+            _project(theta, features, shares)
+        else:
+            np.dot(theta, features, shares)
         told = log_prob[first : first + length]
         _respond(shares, told, scratch)
         if len(winners):
@@ -497,10 +564,13 @@ def sum_features(
         else:
             for event in range(length):
                 log_likelihood += told[event]
-        np.dot(features, shares.T, part)
-        for component in range(n_components):
-            for column in range(n_columns):
-                sums[component, column] += part[column, component]
+        if small:
+            _accumulate(shares, features, sums)
+        else:
+            np.dot(features, shares.T, part)
+            for component in range(n_components):
+                for column in range(n_columns):
+                    sums[component, column] += part[column, component]
     return log_likelihood
 
 
