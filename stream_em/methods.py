@@ -115,19 +115,25 @@ class Workload:
     Until then NumPy does the work. What decides is the work alone and no clock, so that the same events and settings
     give the same numbers.
 
+    Parameters
+    ----------
+    enough
+        How many densities suggest that there will be as many again.
+
     >>> workload = Workload()
     >>> workload.is_large_with(10_000_000, 1), workload.is_large_with(5_000_000, 2)
     (False, True)
 
     """
 
-    def __init__(self) -> None:
+    def __init__(self, enough: int = LOADING_DENSITIES) -> None:
+        self._enough = enough
         self._n_densities = 0
 
     def is_large_with(self, n_events: int, n_components: int) -> bool:
         """Count an E-step; return whether there is enough work by now, this E-step included."""
         self._n_densities += n_events * n_components
-        return self._n_densities >= LOADING_DENSITIES
+        return self._n_densities >= self._enough
 
 
 def _expected_of_all(

@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 from stream_em.beam.coders import StatisticsCoder
 from stream_em.beam.events import EventBlocks
 from stream_em.columns import Roles
-from stream_em.methods import Workload
+from stream_em.methods import LOADING_DENSITIES, Workload
 from stream_em.models import Mixture, MixtureParameters
 from stream_em.schema import Batch, FieldCounts, Schema
 from stream_em.statistics import Statistics
@@ -30,8 +30,9 @@ COUNTS = "counts"
 """Tag of the output of `EventCounts`, one value a bundle."""
 
 
-# Of this process: a worker that has had much to do will have more.
-_WORKLOAD = Workload()
+# Of this process: a worker that has had much to do will have more. It may live for one iteration only, and then
+# loading compiled code must be little beside what it does in all.
+_WORKLOAD = Workload(5 * LOADING_DENSITIES)
 
 
 class EventCounts(NamedTuple):
