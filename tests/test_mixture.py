@@ -510,3 +510,15 @@ def test_compiled_threads_hand_over_what_is_beyond_the_range_of_doubles() -> Non
     assert one.log_likelihood == pytest.approx(-2.0 * LARGEST_LOG_DENSITY, rel=1e-9)
     assert two.log_likelihood == pytest.approx(one.log_likelihood, rel=1e-9)
     np.testing.assert_allclose(two.weights, one.weights, rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["int64", "float32", ">f8"])
+def test_compiled_code_takes_batches_of_any_type_of_number(kind: str) -> None:
+    model = Mixture(Gaussian(), 2).bind(NUMERIC)
+    values = np.random.default_rng(0).integers(-9, 9, size=(3, 5_000))
+    plain = Batch(values.astype(np.float64), NUMERIC, np.full(5_000, 2.0))
+    parameters = model.pooled(plain)
+    given = Batch(values.astype(kind), NUMERIC, np.full(5_000, 2, dtype=kind))
+    expected = model.e_step(parameters, plain).log_likelihood
+    for options in ({"compiled": True}, {"n_threads": 2}):
+        assert model.e_step(parameters, given, **options).log_likelihood == pytest.approx(expected, rel=1e-6)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -528,9 +529,10 @@ class _Expectation:
         if sum_features is None:
             return None
         nothing = np.empty(0)
-        table, center = feature_table(factors), np.ascontiguousarray(self.center)
-        values = np.ascontiguousarray(self.batch.values)
-        weight = nothing if self.batch.weight is None else np.ascontiguousarray(self.batch.weight)
+        table, center = feature_table(factors), np.ascontiguousarray(self.center, np.float64)
+        # Compiled code takes the bits as they are.
+        values = np.ascontiguousarray(self.batch.values, np.float64)
+        weight = nothing if self.batch.weight is None else np.ascontiguousarray(self.batch.weight, np.float64)
         posterior = Posterior(np.empty(self.batch.n_events), np.empty((self.n_components, 0))) if into is None else into
 
         def blocks(start: int, stop: int) -> tuple[float, Array]:
@@ -538,7 +540,9 @@ class _Expectation:
             log_likelihood = sum_features(
                 self.theta, *table, center, values, weight, start, stop, *posterior, NOTHING, sums
             )
-            if log_likelihood >= -LARGEST_LOG_DENSITY:
+            # In the sum it may be hidden by a small weight.
+            lowest = np.minimum.reduce(posterior.log_prob[start:stop], initial=0.0)
+            if lowest >= -LARGEST_LOG_DENSITY and -LARGEST_LOG_DENSITY <= log_likelihood < math.inf:
                 return log_likelihood, sums
             # Some event is impossible under every component.
             return self._blocks(start, stop, size=USUAL_BLOCK, given=given, into=into, centers=centers, own=own)
