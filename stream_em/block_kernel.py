@@ -98,6 +98,9 @@ class BlockKernel:
             Shapes (B,), (B,) and (B, K); None when nothing was learned, because the numbers ask for more care.
 
         """
+        # Compiled code takes the bits as they are.
+        values = np.asarray(values, np.float64)
+        weight = None if weight is None else np.ascontiguousarray(weight, np.float64)
         state, n_events = self._state, values.shape[1]
         if n_events == 1:
             # It has no spread that its offset from the pooled mean could be told from.
@@ -109,7 +112,7 @@ class BlockKernel:
             state.vector,
             *self._table,
             values,
-            NO_WEIGHT if weight is None else np.ascontiguousarray(weight),
+            NO_WEIGHT if weight is None else weight,
             log_prob,
             responsibilities,
             winners,

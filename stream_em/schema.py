@@ -231,7 +231,8 @@ class Batch:
 
     @cached_property
     def _row_sums(self) -> Array:
-        sums: Array = np.add.reduce(self.values, axis=1)
+        # In double precision also where the values are not, as are the differences to the center.
+        sums: Array = np.add.reduce(self.values, axis=1, dtype=np.float64)
         return sums
 
     @cached_property
@@ -240,7 +241,7 @@ class Batch:
         if self.observed is None:
             return self._row_sums / max(self.n_events, 1)
         counts = np.maximum(self.observed.sum(axis=1), 1)
-        mean: Array = np.where(self.observed, self.values, 0.0).sum(axis=1) / counts
+        mean: Array = np.where(self.observed, self.values, 0.0).sum(axis=1, dtype=np.float64) / counts
         return mean
 
     def select(self, positions: npt.NDArray[np.intp] | slice) -> Batch:

@@ -295,3 +295,21 @@ def test_the_usual_average_is_learned_in_numpy_once_it_is_wanted() -> None:
     np.testing.assert_allclose(
         learner.parameters.components.mean, reference.parameters.components.mean, rtol=1e-9, atol=1e-9
     )
+
+
+@pytest.mark.parametrize("kind", ["int64", "float32", ">f8"])
+def test_batches_of_any_type_of_number_are_learned_alike(kind: str) -> None:
+    generator = np.random.default_rng(11)
+    # Whole numbers, which all these types hold exactly.
+    values = generator.integers(0, 5, size=(4, 1_200)) + 20 * generator.integers(2, size=1_200)
+    weight = generator.integers(1, 4, size=1_200)
+    learners = []
+    for dtype in ("float64", kind):
+        learner = OnlineEM(Mixture(Gaussian(), 2), schema=SCHEMA, warm_up=200, batch_size=50)
+        learner.update(Batch(values[:, :600].astype(dtype), SCHEMA, weight[:600].astype(dtype)))
+        assert learner.kernel() is not None
+        learners.append(learner.update(Batch(values[:, 600:].astype(dtype), SCHEMA, weight[600:].astype(dtype))))
+    expected, found = (learner.parameters for learner in learners)
+    np.testing.assert_allclose(found.weights, expected.weights, rtol=1e-12)
+    np.testing.assert_allclose(found.components.mean, expected.components.mean, rtol=1e-12)
+    np.testing.assert_allclose(found.components.covariance, expected.components.covariance, rtol=1e-10)

@@ -513,12 +513,19 @@ def test_compiled_threads_hand_over_what_is_beyond_the_range_of_doubles() -> Non
 
 
 @pytest.mark.parametrize("kind", ["int64", "float32", ">f8"])
-def test_compiled_code_takes_batches_of_any_type_of_number(kind: str) -> None:
+def test_an_e_step_takes_batches_of_any_type_of_number(kind: str) -> None:
     model = Mixture(Gaussian(), 2).bind(NUMERIC)
-    values = np.random.default_rng(0).integers(-9, 9, size=(3, 5_000))
-    plain = Batch(values.astype(np.float64), NUMERIC, np.full(5_000, 2.0))
+    # More than a block, so that there is work for two threads.
+    values = np.random.default_rng(0).integers(-9, 9, size=(3, 20_000))
+    weight = np.full(20_000, 2)
+    plain = Batch(values.astype(np.float64), NUMERIC, weight.astype(np.float64))
     parameters = model.pooled(plain)
-    given = Batch(values.astype(kind), NUMERIC, np.full(5_000, 2, dtype=kind))
-    expected = model.e_step(parameters, plain).log_likelihood
-    for options in ({"compiled": True}, {"n_threads": 2}):
-        assert model.e_step(parameters, given, **options).log_likelihood == pytest.approx(expected, rel=1e-6)  # type: ignore[arg-type]
+    given = Batch(values.astype(kind), NUMERIC, weight.astype(kind))
+    expected = model.e_step(parameters, plain)
+    for found in (
+        model.e_step(parameters, given),
+        model.e_step(parameters, given, compiled=True),
+        model.e_step(parameters, given, n_threads=2),
+    ):
+        assert found.log_likelihood == pytest.approx(expected.log_likelihood, rel=1e-12)
+        assert_statistics_close(found, expected)
