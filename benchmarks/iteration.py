@@ -57,6 +57,11 @@ class Case:
         peer._m_step(self.events, log_responsibilities)
 
 
+def judged(figure: float, target: float | None, *, at_most: bool = False) -> tuple[str, str]:
+    """A ratio, and whether it meets its target."""
+    return f"{figure:.2f}×", "none" if target is None else verdict(figure, target, at_most=at_most)
+
+
 def run() -> list[Table]:
     """Measure all sizes for full and diagonal covariances."""
     iterations, threads, updates = [], [], []
@@ -105,17 +110,17 @@ def run() -> list[Table]:
                     verdict(ratio, TARGETS[size]),
                 )
             )
-            gains = (numpy_too / two, one / two)
-            aims = (verdict(gain, TWO_THREADS_TARGET) if n_fields >= TWO_THREADS_FROM else "none" for gain in gains)
-            threads.append((*label, *(cell for gain, aim in zip(gains, aims) for cell in (f"{gain:.2f}×", aim))))
+            aim = TWO_THREADS_TARGET if n_fields >= TWO_THREADS_FROM else None
+            threads.append((*label, *judged(numpy_too / two, aim), *judged(one / two, aim)))
             per_event = online / (len(pieces) * batch_size)
-            costs = [per_event * n_events / iteration for iteration in (numpy, ours)]
+            cost = per_event * n_events
             updates.append(
                 (
                     *label,
                     f"{before / len(pieces) / batch_size * 1e9:,.0f}",
                     f"{per_event * 1e9:,.0f}",
-                    *(cell for cost in costs for cell in (f"{cost:.2f}×", verdict(cost, UPDATE_TARGET, at_most=True))),
+                    *judged(cost / numpy, UPDATE_TARGET, at_most=True),
+                    *judged(cost / ours, UPDATE_TARGET, at_most=True),
                 )
             )
             print("  ", *iterations[-1], "| 2 threads", *threads[-1][3:], "| update", *updates[-1][3:], flush=True)
