@@ -8,6 +8,7 @@ import socket
 import subprocess
 import time
 import uuid
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 from confluent_kafka import KafkaException, Producer
@@ -29,7 +30,7 @@ def why_no_broker() -> str | None:
     return None
 
 
-class Cluster:
+class Cluster(ABC):
     """A Kafka cluster that answers at `servers`."""
 
     servers: str
@@ -54,8 +55,9 @@ class Cluster:
             producer.poll(0)
         assert producer.flush(30) == 0
 
+    @abstractmethod
     def _producer(self) -> Producer:
-        raise NotImplementedError
+        """Return a producer to the cluster."""
 
 
 class MockCluster(Cluster):
