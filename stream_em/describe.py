@@ -105,4 +105,4 @@ def _rounded(center: float, spread: float) -> str:
     if not 1e-6 <= spread < 1e7 or abs(center) >= 1e12:
         return f"{center:.4g} ± {spread:.2g}"
     decimals = max(0, 1 - int(np.floor(np.log10(spread))))
-    return f"{center:,.{decimals}f} ± {spread:,.{decimals}f}".replace("-0 ", "0 ")
+    return f"{center:z,.{decimals}f} ± {spread:,.{decimals}f}"

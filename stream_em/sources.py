@@ -67,6 +67,8 @@ _DELIMITERS = (";", "\t", "|", ",")
 # quote left open would take the rest of the file into memory.
 _CSV_BLOCK = 1 << 20
 
+_PARQUET_START = b"PAR1"
+
 # Bytes by which a file is told from another of its name; a whole file would have to be read.
 _LONGEST_START = 1 << 16
 
@@ -1222,10 +1224,10 @@ def _name(given: Sequence[str | Path]) -> str:
 
 def _standard_input(format: str, delimiter: str | None) -> Reader:  # noqa: A002
     stream = sys.stdin.buffer
-    if format == "parquet":
+    start = cast("io.BufferedReader", stream).peek(1) if format == "auto" else b""
+    if format == "parquet" or start.startswith(_PARQUET_START):
         raise SourceError("standard input: Parquet needs a file, because its index stands at the end")
     if format == "auto":
-        start = cast("io.BufferedReader", stream).peek(1)
         format = "jsonl" if start.lstrip()[:1] in (b"{", b"[") else "csv"  # noqa: A001
     held = _Bytes(stream, "standard input")
     return _JsonLines(held.name, [held.name], held) if format == "jsonl" else _CsvStream(held, delimiter)

@@ -429,6 +429,13 @@ class TestStandardInput:
         assert out == "1\n"
         assert "standard input: can be read only once" in err
 
+    def test_parquet_is_refused_by_its_name_or_by_its_first_bytes(self, tmp_path):
+        pq.write_table(table(10), tmp_path / "events.parquet")
+        given = (tmp_path / "events.parquet").read_bytes()
+        for options in ("", ", format='parquet'"):
+            _, err = in_a_process(f"open_source('-'{options})", given)
+            assert "standard input: Parquet needs a file, because its index stands at the end" in err
+
     @pytest.mark.parametrize("lines", [b'{"x": %d}\n', b"%d\n"])
     def test_chunks_come_while_the_stream_is_open(self, lines):
         code = """

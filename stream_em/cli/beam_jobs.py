@@ -26,7 +26,7 @@ from stream_em.beam.survey import infer_schema
 from stream_em.beam.writing import WriteRejected
 from stream_em.cli.build import make_model, make_schema, make_source
 from stream_em.cli.checkpoints import refuse_unfinished_run
-from stream_em.cli.common import draw_learner, load_plots
+from stream_em.cli.common import draw_learner, load_plots, tell_fields
 from stream_em.cli.config import Config, ConfigError, SourceSection, load_config
 from stream_em.cli.display import component_table, say
 from stream_em.columns import Roles, seconds_of
@@ -255,6 +255,7 @@ def refit(
         load_plots()
     roles = make_roles(config)
     schema = known_schema(config, roles, options, working)
+    tell_fields(console, schema)
     result = Refit(
         make_model(config.model, schema),
         schema=schema,

@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from stream_em import BatchEM, Gaussian, Mixture, OnlineEM, Product, Schema
+import pyarrow as pa
+
+from stream_em import BatchEM, Gaussian, Mixture, OnlineEM, Product, Schema, SchemaError
 from stream_em.cli.config import Config, ConfigError, KafkaSourceSection, ModelSection, SourceSection
 from stream_em.columns import Roles
 from stream_em.families import BY_NAME, NAMES
@@ -66,7 +68,25 @@ def make_schema(config: Config, events: Rows) -> Schema:
         declared = [Field(name, kind, max_categories=section.max_categories) for name, kind in section.fields.items()]
         return Schema(declared, unknown=section.unknown)
     sample = [_typical(events)] if isinstance(events, list) else events
-    return Schema.infer(sample, unknown=section.unknown, max_categories=section.max_categories)
+    try:
+        return Schema.infer(sample, unknown=section.unknown, max_categories=section.max_categories)
+    except SchemaError as error:
+        unusable = (
+            [] if isinstance(sample, list) else [name for name in sample.column_names if not _usable(sample, name)]
+        )
+        if not unusable:
+            raise
+        raise SchemaError(
+            f"{error}: {config.source.excluding(*unusable)} keeps what is of no such type from the model"
+        ) from error
+
+
+def _usable(events: pa.Table, name: str) -> bool:
+    try:
+        Schema.infer(events.select([name]).slice(0, 0))
+    except SchemaError:
+        return False
+    return True
 
 
 def make_model(section: ModelSection, schema: Schema) -> Mixture:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,10 @@ from stream_em.sources import Chunk, Rejection, Rows, Source, same_file
 
 # Of an id's values, in any stream that is longer than a vocabulary, more than so many are new.
 _SHARE_OF_NEW = 0.9
+# Fields that are told at the start of a job.
+_MOST_TOLD = 20
+# So many whole numbers in a row do not grow by chance.
+_TELLING = 20
 
 
 class DataError(ValueError):
@@ -62,6 +67,32 @@ def open_job_source(
     if source.left_out:
         say(console, f"not read, since this job writes them: {', '.join(source.left_out)}", "yellow")
     return source
+
+
+def tell_fields(console: Console, schema: Schema) -> None:
+    """Say which fields the model takes from the events, and of what kinds."""
+    fields = [f"{one.name} ({one.kind})" for one in schema.fields]
+    more = f" and {len(fields) - _MOST_TOLD:,} more" if len(fields) > _MOST_TOLD else ""
+    say(console, f"fields of the model: {', '.join(fields[:_MOST_TOLD])}{more}")
+
+
+def tell_likely_ids(console: Console, schema: Schema, events: Rows, config: Config) -> None:
+    """Say which of the fields that were inferred from some first events look like no measurement."""
+    for one in schema.fields if config.fields_.fields is None else ():
+        if one.kind == "numeric" and _only_grows(events, one.name):
+            say(
+                console,
+                f"field {one.name!r}: whole numbers that grow with each event; is it an id, or a time? "
+                f"{config.source.excluding(one.name)} keeps it from the model",
+                "yellow",
+            )
+
+
+def _only_grows(events: Rows, name: str) -> bool:
+    values = [event.get(name) for event in events] if isinstance(events, list) else events[name].to_pylist()
+    if len(values) < _TELLING or any(type(value) is not int for value in values):
+        return False
+    return all(one < following for one, following in pairwise(values))
 
 
 def encode(

@@ -99,6 +99,16 @@ class SourceSection(Section):
     limit: Annotated[int, Field(ge=1)] | None = None
     """Stop after this many events."""
 
+    def apart(self) -> list[tuple[str, str]]:
+        """Return the columns that are kept from the model, each after the key that says so."""
+        roles = {"source.label": self.label, "source.time": self.time, "source.weight": self.weight}
+        named = [(key, name) for key, name in roles.items() if name is not None]
+        return [*named, *(("source.exclude", name) for name in self.exclude)]
+
+    def excluding(self, *names: str) -> str:
+        """Return the key and value that would keep these columns from the model as well."""
+        return f"source.exclude=[{', '.join([*self.exclude, *names])}]"
+
     @model_validator(mode="after")
     def _one_origin(self) -> SourceSection:
         if sum(origin is not None for origin in (self.path, self.river, self.kafka)) != 1:

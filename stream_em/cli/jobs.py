@@ -28,8 +28,10 @@ from stream_em.cli.common import (
     report,
     report_counts,
     set_aside,
+    tell_fields,
+    tell_likely_ids,
 )
-from stream_em.cli.config import Config
+from stream_em.cli.config import Config, ConfigError
 from stream_em.cli.display import Progress, say
 from stream_em.cli.outputs import Quarantine, only_writer
 from stream_em.cli.ranking import LabelledRanking
@@ -65,6 +67,8 @@ def fit(config: Config, console: Console, *, read: Sequence[Path] = ()) -> None:
                 set_aside(chunk.rejected, quarantine, config)
             raise nothing_usable(source, quarantine)
         schema = make_schema(config, first_events)
+        tell_fields(console, schema)
+        tell_likely_ids(console, schema, first_events, config)
         fitted = make_batch(config, schema)
         n_read = passes = 0
 
@@ -134,6 +138,12 @@ def score(snapshot: Path, config: Config, console: Console, *, read: Sequence[Pa
     if learner.schema is None:
         raise DataError(f"{snapshot}: the model has not seen any event and knows no fields")
     kinds = {field.name: field.kind for field in learner.schema.fields}
+    for key, name in config.source.apart():
+        if name in kinds:
+            raise ConfigError(
+                f"{key}: {name!r} is a field of the model in {snapshot}, which has learned it; leave the key out, or "
+                "learn a model with it"
+            )
     written = (output.scored_events, output.quarantine)
     source = open_job_source(config, console, [snapshot, *read], written, fields=kinds, only=learner.schema.names)
     refuse_unfinished_run(config)

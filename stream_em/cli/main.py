@@ -103,10 +103,13 @@ app = typer.Typer(
     cls=_Group,
     help="Clusters and anomaly scores for streams of events, by online and batch EM.",
     epilog=_epilog(
-        ("Cluster NASA's shuttle readings as they come", "stream-em run configs/shuttle.yaml"),
         (
-            "Your own file",
-            "stream-em run configs/events.yaml source.path=my.parquet 'source.exclude=[my_id]'",
+            "Your own file, with a copy of the project's configs/events.yaml",
+            "stream-em run events.yaml source.path=my.parquet 'source.exclude=[my_id]'",
+        ),
+        (
+            "NASA's shuttle readings as they come, which are in the package river",
+            "stream-em run configs/shuttle.yaml",
         ),
         ("What was learned", "stream-em show output/events/model.arrow"),
     ),
@@ -286,13 +289,20 @@ def score(
     ],
     overrides: Overrides = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Parquet file to write (.parquet).", show_default=False)
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Parquet file to write (.parquet). Default: the job's, or scored.parquet here; then one that is "
+            "there already is not replaced.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """Score events with a learned model, without learning from them.
 
     Columns that the model does not know are carried along. Events that cannot be used go to quarantine.jsonl in the
-    folder of the scored ones.
+    folder of the scored ones. The keys are those that stream-em run --help lists under source and output.
     """
     read = [Path(source)] if _is_config(source) else []
     _leave(jobs.score(snapshot, _score_config(source, overrides or [], output), Console(), read=read))
@@ -397,12 +407,16 @@ def _global(
 
 
 def _score_config(source: str, overrides: list[str], output: Path | None) -> Config:
+    changes = [*overrides, *([] if output is None else _chosen(output))]
     if _is_config(source):
-        chosen = [] if output is None else _chosen(output)
-        return load_config(source, [*overrides, *chosen])
-    origin = {"river": source.removeprefix("river:")} if source.startswith("river:") else {"path": source}
-    content = {"source": origin, "output": {"folder": "."}}
-    return check_config(content, [*overrides, *([] if output is None else _chosen(output))])
+        config = load_config(source, changes)
+    else:
+        origin = {"river": source.removeprefix("river:")} if source.startswith("river:") else {"path": source}
+        config = check_config({"source": origin, "output": {"folder": "."}}, changes)
+    scored = config.output.scored_events
+    if output is None and scored is not None and (path := Path(config.output.folder, scored)).exists():
+        raise ConfigError(f"{path}: is there already, and may be what run wrote; name a file to write with --output")
+    return config
 
 
 def _is_config(source: str) -> bool:

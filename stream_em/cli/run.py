@@ -33,6 +33,8 @@ from stream_em.cli.common import (
     open_scored_events,
     report,
     set_aside,
+    tell_fields,
+    tell_likely_ids,
 )
 from stream_em.cli.config import Config
 from stream_em.cli.display import Progress, say
@@ -92,6 +94,13 @@ def run(
     output = config.output
     names = (output.scored_events, output.snapshot, output.picture, output.quarantine)
     source = open_job_source(config, console, read, names, fields=config.fields_.fields)
+    if config.source.time is not None and config.learner.schedule.kind != "half_life":
+        say(
+            console,
+            f"source.time={config.source.time}: the past does not fade by the clock under learner.schedule "
+            f"{config.learner.schedule.kind}, but under {{kind: half_life, half_life: 3600}}, say",
+            "yellow",
+        )
     if output.picture is not None:
         # To learn at the end of a long run that no picture can be drawn would be too late.
         load_plots()
@@ -175,6 +184,8 @@ class _Run:
                 f"{self._snapshot_path} was written (--fresh would start anew)",
                 "yellow",
             )
+        if learner is not None and learner.schema is not None:
+            tell_fields(self._console, learner.schema)
 
     def _open_sinks(self, learner: OnlineEM, checkpoint: Checkpoint | None) -> None:
         output = self._config.output
@@ -226,7 +237,10 @@ class _Run:
     def _learn_chunk(self, chunk: Chunk, stop: StopRequest, progress: Progress) -> None:
         learner = self._learner
         if learner is None and len(chunk):
-            learner = self._learner = make_online(self._config, make_schema(self._config, chunk.events))
+            schema = make_schema(self._config, chunk.events)
+            tell_fields(self._console, schema)
+            tell_likely_ids(self._console, schema, chunk.events, self._config)
+            learner = self._learner = make_online(self._config, schema)
             self._open_sinks(learner, None)
         if learner is None:
             self._set_aside(chunk.rejected)

@@ -102,7 +102,9 @@ def ran(tmp_path_factory):
 class TestRun:
     def test_it_says_what_it_did(self, ran):
         _, done = ran
-        assert re.search(r"^3,000 events from events\.parquet in .* events/s\), mean log-likelihood -\d", done.stdout)
+        assert re.search(
+            r"^3,000 events from events\.parquet in .* events/s\), mean log-likelihood -\d", done.stdout, re.M
+        )
         assert "effective components" in done.stdout
         assert re.search(r"x -?[\d.]+ ± ", done.stdout)
         assert "'FR'" in done.stdout
@@ -682,6 +684,54 @@ class TestFit:
         assert load(tmp_path / "output" / "model.arrow").n_events == 498
 
 
+class TestWhatIsTold:
+    def test_the_fields_and_kinds_and_those_that_may_be_ids(self, tmp_path):
+        table = events(600).append_column("number", pa.array(range(600))).append_column("again", pa.array([1, 2] * 300))
+        pq.write_table(table, tmp_path / "events.parquet")
+        write_job(tmp_path, source={"path": "events.parquet", **SOURCE}, output={"picture": None})
+        told = "fields of the model: x (numeric), y (numeric), country (category), ok (flag), items (numeric), "
+        for command in ("run", "fit"):
+            done = stream_em(command, "job.yaml", cwd=tmp_path)
+            assert told + "number (numeric), again (numeric)\n" in done.stdout
+            (hint,) = re.findall("^.*is it an id, or a time.*", done.stdout, re.M)
+            assert hint.startswith("field 'number': ")
+            assert "source.exclude=[id, number] keeps it from the model" in hint
+        declared = stream_em("run", "job.yaml", "schema.fields={number: count}", "schema.unknown=ignore", cwd=tmp_path)
+        assert "is it an id" not in declared.stdout
+
+    def test_numbers_of_json_lines_as_well(self, tmp_path):
+        lines = [json.dumps({"number": i, "x": float(i), "again": i // 2}) for i in range(600)]
+        (tmp_path / "events.jsonl").write_text("\n".join(lines))
+        write_job(tmp_path, source={"path": "events.jsonl"}, output={"picture": None})
+        done = stream_em("run", "job.yaml", cwd=tmp_path)
+        assert re.findall("field '(.*)': whole numbers", done.stdout) == ["number"]
+
+    def test_many_fields_are_counted(self, tmp_path):
+        generator = np.random.default_rng(0)
+        pq.write_table(pa.table({f"x{i}": generator.normal(size=300) for i in range(25)}), tmp_path / "events.parquet")
+        write_job(tmp_path, source={"path": "events.parquet"}, output={"picture": None})
+        assert "x19 (numeric) and 5 more\n" in stream_em("run", "job.yaml", cwd=tmp_path).stdout
+
+    def test_that_event_time_does_nothing_under_a_schedule_without_a_clock(self, tmp_path):
+        pq.write_table(events(1000), tmp_path / "events.parquet")
+        write_job(tmp_path, source={"path": "events.parquet", "time": "x", **SOURCE}, output={"picture": None})
+        told = "source.time=x: the past does not fade by the clock under learner.schedule robbins_monro"
+        assert told in stream_em("run", "job.yaml", cwd=tmp_path).stdout
+        half_life = "learner.schedule={kind: half_life, half_life: 3600}"
+        assert "does not fade" not in stream_em("run", "job.yaml", half_life, cwd=tmp_path).stdout
+
+    def test_how_to_keep_columns_that_are_no_numbers_nor_text_from_the_model(self, tmp_path):
+        table = events(300).append_column("at", pa.array([np.datetime64(i, "s") for i in range(300)]))
+        pq.write_table(table.append_column("raw", pa.array([b"x"] * 300)), tmp_path / "events.parquet")
+        write_job(tmp_path, source={"path": "events.parquet", **SOURCE}, output={"picture": None})
+        for command in ("run", "fit"):
+            done = stream_em(command, "job.yaml", cwd=tmp_path, code=1)
+            assert "column 'at' has type timestamp[" in done.stderr
+            (remedy,) = re.findall(r"source\.exclude=\[.*\]", done.stderr)
+            assert remedy == "source.exclude=[id, at, raw]"
+        assert "300 events from" in stream_em("run", "job.yaml", remedy, cwd=tmp_path).stdout
+
+
 class TestSnapshots:
     def test_score_writes_what_the_model_says_and_carries_the_other_columns(self, ran, tmp_path):
         folder, _ = ran
@@ -700,6 +750,28 @@ class TestSnapshots:
         folder, _ = ran
         stream_em("score", "output/model.arrow", "job.yaml", "output.folder=scores", cwd=folder)
         assert pq.read_table(folder / "scores" / "scored.parquet").num_rows == 3000
+
+    def test_score_replaces_what_is_there_only_where_it_is_named(self, ran, tmp_path):
+        folder, _ = ran
+        snapshot, path = folder / "output" / "model.arrow", folder / "output" / "scored.parquet"
+        before = path.read_bytes()
+        done = stream_em("score", snapshot, "job.yaml", cwd=folder, code=2)
+        assert "output/scored.parquet: is there already, and may be what run wrote" in done.stderr
+        assert path.read_bytes() == before
+        keys = [folder / "events.parquet", "source.exclude=[id, fraud]"]
+        stream_em("score", snapshot, *keys, cwd=tmp_path)
+        assert "scored.parquet: is there already" in stream_em("score", snapshot, *keys, cwd=tmp_path, code=2).stderr
+        again = stream_em("score", snapshot, *keys, "-o", "scored.parquet", cwd=tmp_path)
+        assert "wrote scored.parquet" in again.stdout
+
+    @pytest.mark.parametrize("key", ["label=ok", "time=x", "weight=y", "exclude=[id, country]"])
+    def test_score_does_not_keep_a_field_from_the_model_that_learned_it(self, ran, tmp_path, key):
+        folder, _ = ran
+        done = stream_em(
+            "score", folder / "output/model.arrow", folder / "events.parquet", f"source.{key}", cwd=tmp_path, code=2
+        )
+        role, name = key.rstrip("]").split("=")
+        assert f"source.{role}: {name.split(' ')[-1]!r} is a field of the model in" in done.stderr
 
     def test_show_lists_every_component(self, ran):
         folder, _ = ran
