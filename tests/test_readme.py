@@ -53,6 +53,7 @@ def test_commands_run_in_order(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     columns = {
         "payment_id": [f"p{row}" for row in range(3_000)],
+        "ts": np.datetime64("2026-01-01T00:00:00") + np.arange(3_000).astype("timedelta64[m]"),
         "amount": generator.normal(50.0, 9.0, 3_000),
         "country": generator.choice(["DE", "FR"], 3_000),
     }
@@ -60,7 +61,7 @@ def test_commands_run_in_order(tmp_path: Path) -> None:
     (job,) = blocks("yaml")
     (tmp_path / "job.yaml").write_text(job)
     commands = [
-        line.split("#")[0].strip()
+        line.partition("  #")[0].strip()
         for block in blocks("")
         for line in block.splitlines()
         if line.startswith(("stream-em", "python -m pipelines"))
