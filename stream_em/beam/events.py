@@ -25,7 +25,8 @@ class RejectedEvent(NamedTuple):
     event
         The event, or None where a whole table cannot be used.
     reason
-        What was wrong, where, and what would have been accepted.
+        What was wrong, where, and what would have been accepted. The position of an event is that in its table, or in
+        the block that single events were gathered into: where a runner cuts those is its own affair.
     n_events
         Number of events left out by it: 1, or the rows of a table.
 
