@@ -23,7 +23,8 @@ from stream_em.beam.events import RejectedEvent
 from stream_em.beam.expectation import NAMESPACE, REJECTED
 from stream_em.beam.storage import at_home
 from stream_em.columns import Roles
-from stream_em.sources import FORMATS, Rejection, SourceError, _check_columns, _format_of_name, open_source
+from stream_em.sources import FORMATS, Rejection, SourceError, format_of_name, open_source
+from stream_em.sources.faults import check_columns
 
 # What Arrow, Beam's file systems and Python raise for a file that is not there, not readable or damaged.
 _UNREADABLE = (pa.ArrowException, BeamIOError, OSError, EOFError)
@@ -180,7 +181,7 @@ class _Pattern(NamedTuple):
         if self.folder is None:
             return True
         hidden = any(part.startswith((".", "_")) for part in self._inner(file.path).parts)
-        return not hidden and _format_of_name(file.path) is not None
+        return not hidden and format_of_name(file.path) is not None
 
     def _inner(self, path: str) -> PurePosixPath:
         return PurePosixPath(path[len(self.folder or "") :])
@@ -202,7 +203,7 @@ class _Columns:
         needless = {name for name in (roles.label, *roles.exclude) if name not in names} - set(self._keep)
         exclude = tuple(name for name in roles.exclude if name not in needless)
         label = None if roles.label in needless else roles.label
-        _check_columns(path, names, replace(roles, label=label, exclude=exclude))
+        check_columns(path, names, replace(roles, label=label, exclude=exclude))
 
     def wanted(self, names: Sequence[str]) -> list[str]:
         """The columns to be read, in the order of the file."""
@@ -238,7 +239,7 @@ class _FindParts(beam.DoFn):
         self.rows = rows
 
     def process(self, path: str) -> Iterator[_Part | RejectedEvent]:
-        kind = self.format or _format_of_name(path)
+        kind = self.format or format_of_name(path)
         if kind is None:
             yield RejectedEvent(
                 None,
