@@ -25,7 +25,8 @@ import pyarrow as pa
 from stream_em.arrays import Arrays, each_row, from_rows, to_rows
 from stream_em.clock import Clock
 from stream_em.families import family_from_specification, specification_of_family
-from stream_em.learners import BatchEM, BatchRun, OnlineEM, _Average
+from stream_em.learners import BatchEM, BatchRun, OnlineEM
+from stream_em.learners.averaging import Average
 from stream_em.methods import FIEM, Incremental, Method, VarianceReduced
 from stream_em.models import Mixture, MixtureParameters
 from stream_em.numerics import LARGEST_VALUE, LARGEST_WHOLE, SMALLEST_WEIGHT
@@ -502,7 +503,7 @@ def _learner_of(header: dict[str, Any], arrays: Arrays) -> Learner:
         reported, running = (_parameters_of(learner, arrays, name, like=iterate) for name in ("reported", "running"))
         if any((count > 0) != (one is not None) for count, one in ((n_reported, reported), (n_running, running))):
             raise ValueError("the averages and the numbers of parameters that they are of do not fit together")
-        learner._average = _Average(reported, n_reported, running, n_running)
+        learner._average = Average(reported, n_reported, running, n_running)
         if learner.averaging and learner._average.reported is not None:
             learner._parameters = learner._average.reported
         if "buffer/values" in arrays and schema is not None:

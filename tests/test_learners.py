@@ -967,7 +967,7 @@ def test_an_update_that_fails_half_way_changes_nothing(monkeypatch: pytest.Monke
         raise ArithmeticError("no memory left")
 
     with monkeypatch.context() as patched:
-        patched.setattr("stream_em.learners.seed_parameters", fail)
+        patched.setattr("stream_em.learners.online.seed_parameters", fail)
         with pytest.raises(ArithmeticError):
             learner.update(EVENTS[50:400])
     assert to_bytes(learner) == before

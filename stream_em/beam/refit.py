@@ -35,7 +35,8 @@ from stream_em.beam.survey import (
     with_all_fields,
 )
 from stream_em.columns import Roles
-from stream_em.learners import BatchEM, BatchRun, NotFittedError, _Progress
+from stream_em.learners import BatchEM, BatchRun, NotFittedError
+from stream_em.learners.progress import Progress
 from stream_em.models import Mixture, MixtureParameters
 from stream_em.numerics import check_whole
 from stream_em.schema import Schema
@@ -212,7 +213,7 @@ class Refit(beam.PTransform):
             raise ValueError("unrolled iterations are for a PCollection: events | Refit(...); leave it out to run")
         with working_folder(folder) as place:
             job = _Run(self, source, place, {"options": options, "runner": runner})
-            with _Progress(progress, self.n_starts * self.max_iter) as advance:
+            with Progress(progress, self.n_starts * self.max_iter) as advance:
                 return job.go(advance)
 
     def expand(self, events: beam.PCollection) -> beam.PCollection:

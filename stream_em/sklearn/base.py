@@ -24,7 +24,8 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 
 from stream_em.families import Gaussian
 from stream_em.families.gaussian import GaussianParameters
-from stream_em.learners import FittedMixture, Iteration, OnlineEM, _Progress, iterations
+from stream_em.learners import FittedMixture, Iteration, OnlineEM, iterations
+from stream_em.learners.progress import Progress
 from stream_em.models import Mixture, MixtureParameters
 from stream_em.models.mixture import Posterior
 from stream_em.numerics import Array
@@ -242,7 +243,7 @@ class BaseMixture(DensityMixin, BaseEstimator, ABC):  # type: ignore[misc]
         previous = float(getattr(self, "lower_bound_", -math.inf)) if warm else -math.inf
         starts = 1 if start is not None else self.n_init
         random = self._generator()
-        with _Progress(bool(self.verbose), starts * self.max_iter) as advance:
+        with Progress(bool(self.verbose), starts * self.max_iter) as advance:
             if start is not None:
                 best = self._run(bound, start, batch, advance, previous)
             else:

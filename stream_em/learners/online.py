@@ -1,31 +1,37 @@
-"""Learners: state plus an update rule. The only stateful objects."""
+"""Online EM: a mini-batch at a time."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import reduce
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from stream_em.clock import Clock
-from stream_em.describe import ComponentDescription, describe
-from stream_em.families.base import FamilyError
-from stream_em.methods import Iteration as Iteration
-from stream_em.methods import Method
-from stream_em.methods import iterate as iterate
-from stream_em.methods import iterations as iterations
+from stream_em.learners.averaging import Average
+from stream_em.learners.fitted import (
+    Events,
+    FittedMixture,
+    NotFittedError,
+    Prediction,
+    adapted,
+    as_prediction,
+    count_told,
+    foreign_batch,
+    with_columns,
+)
+from stream_em.learners.merging import check_mergeable, grown_statistics, origin_of
 from stream_em.models import Mixture, MixtureParameters
 from stream_em.models.mixture import Posterior
 from stream_em.numerics import Array, check_whole, compiled_or_none
 from stream_em.schedules import LEAST_SHARE, Constant, HalfLife, Harmonic, RobbinsMonro, Schedule
-from stream_em.schema import OTHER, UNKNOWN_POLICIES, Batch, FieldCounts, Schema, SchemaError, in_memory
-from stream_em.seeding import Reservoir, concatenate
+from stream_em.schema import UNKNOWN_POLICIES, Batch, FieldCounts, Schema, SchemaError, in_memory
+from stream_em.seeding import concatenate
 from stream_em.seeding import seed as seed_parameters
 from stream_em.state import State, has_compiled_blocks, has_compiled_form
 from stream_em.statistics import MergeError, Statistics, Window
@@ -33,238 +39,16 @@ from stream_em.structure import AdaptiveComponents, StructureChanges, StructureS
 from stream_em.truncation import ExpandingTruncations, TruncationState
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from stream_em.event_kernel import EventKernel
+    from stream_em.learners.batch import BatchEM
 
 STEPS_NEED_EVENTS = "each step of the schedule is one mini-batch, which needs an event to move the statistics towards"
 M_STEPS_NEED_EVENTS = "an M-step needs the statistics of an event"
 
 # Mini-batches after which compiled code is worth loading.
 COMPILE_AFTER = 1_000
-
-Events = Any
-"""A dict, a list of dicts, an array (n, D), a frame (Arrow, pandas, polars) or an encoded `Batch`."""
-
-
-class NotFittedError(ValueError):
-    """Raised when something is asked of a learner that has not seen any event."""
-
-
-class Prediction(NamedTuple):
-    """What a model says of each event.
-
-    Parameters
-    ----------
-    log_prob
-        (n,) log-density; its negative is an anomaly score.
-    component
-        (n,) stable id of the most responsible component.
-    responsibilities
-        (n, K) probability of each component.
-
-    """
-
-    log_prob: Array
-    component: npt.NDArray[np.int64]
-    responsibilities: Array
-
-
 Scored = list[tuple[Prediction, npt.NDArray[np.int64]]]
 """Predictions of the pieces of an update, with the ids of the components at the time."""
-
-
-class FittedMixture:
-    """A mixture at fixed parameters: scores, soft clusters, samples and sub-models.
-
-    Parameters
-    ----------
-    model
-        The mixture.
-    parameters
-        Its parameters.
-    schema
-        The fields they are for.
-
-    >>> from stream_em import BatchEM, Gaussian
-    >>> events = np.repeat([[0.0, 1.0], [0.2, 0.8], [9.0, 5.0], [9.3, 5.1]], 5, axis=0)
-    >>> fitted = BatchEM(Mixture(Gaussian("diag"), 2), seed=0).fit(events)
-    >>> fitted.marginal(["x1"]).predict(np.array([[1.0], [5.0]])).tolist() == fitted.predict(events[[0, 10]]).tolist()
-    True
-
-    """
-
-    def __init__(self, model: Mixture, parameters: MixtureParameters | None, schema: Schema | None) -> None:
-        self.model = model
-        self._schema = schema
-        self._bound = None if schema is None else model.bind(schema)
-        self._parameters = parameters
-
-    def __repr__(self) -> str:
-        fields = "no fields yet" if self._schema is None else f"{len(self._schema)} fields"
-        n_components = (self._parameters or self.model).n_components
-        return f"<{type(self).__name__} of {n_components} components, {fields}{self._progress_text()}>"
-
-    def _progress_text(self) -> str:
-        return ""
-
-    @property
-    def schema(self) -> Schema | None:
-        """The fields, or None before any event was seen."""
-        return self._schema
-
-    @property
-    def parameters(self) -> MixtureParameters:
-        """The current parameters.
-
-        Raises
-        ------
-        NotFittedError
-            Before any event was seen.
-
-        """
-        if self._parameters is None:
-            raise NotFittedError(f"this {type(self).__name__} has no parameters yet: it has seen no event with weight")
-        return self._parameters
-
-    def encode(
-        self,
-        events: Events,
-        weight: npt.ArrayLike | None = None,
-        time: npt.ArrayLike | None = None,
-        *,
-        on_error: Literal["raise", "collect"] = "raise",
-        extend: bool = False,
-    ) -> Batch:
-        """Return events as a `Batch`, see `Schema.encode`; nothing is learned."""
-        batch = self._known_schema().encode(events, weight, time, on_error=on_error, extend=extend)
-        return batch if on_error == "raise" else self._screened(batch)
-
-    def _screened(self, batch: Batch) -> Batch:
-        """Leave out the events that the model has no density for."""
-        try:
-            bound = self.model.bind(batch.schema)
-        except FamilyError:
-            # It has a field that the model cannot take, which learning from it will say.
-            return batch
-        return bound.screen(batch)
-
-    def _known_schema(self) -> Schema:
-        if self._schema is None:
-            raise NotFittedError(f"this {type(self).__name__} knows no fields yet: it has seen no event")
-        return self._schema
-
-    def _bound_model(self) -> Mixture:
-        if self._bound is None:
-            raise NotFittedError(f"this {type(self).__name__} knows no fields yet: it has seen no event")
-        return self._bound
-
-    def _posterior(self, batch: Batch) -> Posterior:
-        return self._bound_model().posterior(self.parameters, _adapted(batch, self._known_schema()))
-
-    def score_events(self, events: Events) -> Prediction:
-        """Return log-density, component and responsibilities of each event; nothing is learned."""
-        return _as_prediction(self._posterior(self.encode(events)), self.parameters.component_ids)
-
-    def log_prob(self, events: Events) -> Array:
-        """Return log p(event) (n,)."""
-        return self._posterior(self.encode(events)).log_prob
-
-    def responsibilities(self, events: Events) -> Array:
-        """Return the probability (n, K) of each component given each event."""
-        return self._posterior(self.encode(events)).responsibilities.T
-
-    def predict(self, events: Events) -> npt.NDArray[np.int64]:
-        """Return the id (n,) of the most responsible component of each event."""
-        return self.score_events(events).component
-
-    def sample(self, n_events: int, *, seed: int | None = None) -> tuple[pa.Table, npt.NDArray[np.int64]]:
-        """Draw events from the model; return them as a table, with the id (n,) of each one's component."""
-        values, components = self._bound_model().sample(self.parameters, n_events, np.random.default_rng(seed))
-        return self._known_schema().decode(values), components
-
-    def n_parameters(self) -> int:
-        """Return the number of free parameters."""
-        n_components = None if self._parameters is None else self._parameters.n_components
-        return self.model.n_parameters(self._known_schema(), n_components)
-
-    def bic(self, events: Events) -> float:
-        """Return the Bayesian information criterion on these events; lower is better (Schwarz 1978)."""
-        log_prob = self.log_prob(events)
-        return -2.0 * float(log_prob.sum()) + self.n_parameters() * math.log(len(log_prob))
-
-    def aic(self, events: Events) -> float:
-        """Return Akaike's information criterion on these events; lower is better (Akaike 1974)."""
-        return -2.0 * float(self.log_prob(events).sum()) + 2.0 * self.n_parameters()
-
-    def marginal(self, names: Sequence[str]) -> FittedMixture:
-        """Return the mixture over some of the fields.
-
-        Raises
-        ------
-        SchemaError
-            When a field is unknown, or none is named.
-
-        """
-        schema, bound = self._known_schema(), self._bound_model()
-        keep = np.array([schema.position(name) for name in names], dtype=np.intp)
-        kept = Schema([schema.fields[position] for position in keep], unknown=schema.unknown)
-        return FittedMixture(bound.restrict(keep), bound.marginal(self.parameters, keep), kept)
-
-    def conditional(self, given: Mapping[str, Any]) -> FittedMixture:
-        """Return the mixture over the other fields given values of some.
-
-        Raises
-        ------
-        SchemaError
-            When no field is given or left, one is unknown, or a value is missing or of another kind.
-
-        """
-        schema, bound = self._known_schema(), self._bound_model()
-        if not given:
-            raise SchemaError("no field is given to condition on")
-        at = np.array(sorted(schema.position(name) for name in given), dtype=np.intp)
-        if len(at) == len(schema):
-            raise SchemaError("all fields are given: none is left for the conditional distribution")
-        for name, value in given.items():
-            if value is None or value != value:  # NaN is the one value that differs from itself
-                raise SchemaError(
-                    f"the given value of {name!r} must be finite, got {value!r}; leave the field out if it is missing"
-                )
-        event = schema.encode([dict(given)], on_error="collect")
-        if event.rejected:
-            error = event.rejected[0]
-            raise SchemaError(f"the given value of {error.field!r} must be {error.expected}, got {error.value!r}")
-        values = event.values[at, 0]
-        rest = np.setdiff1d(np.arange(len(schema)), at)
-        parameters = bound.conditional(self.parameters, at, values)
-        return FittedMixture(
-            bound.restrict(rest), parameters, Schema([schema.fields[one] for one in rest], unknown=schema.unknown)
-        )
-
-    @property
-    def effective_components(self) -> float:
-        """Exponential of the entropy of the weights: K when all weigh the same, 1 when one has it all."""
-        weights = self.parameters.weights
-        return float(np.exp(-(weights * np.log(np.maximum(weights, 1e-300))).sum()))
-
-    def describe(self) -> list[ComponentDescription]:
-        """Return the components by falling weight, with the fields that set each apart."""
-        return describe(self._bound_model().family, self.parameters, self._known_schema())
-
-    def marginals(self) -> tuple[Array, Array]:
-        """Return mean and standard deviation (K, D) of each field in each component, in the fields' coding."""
-        mean, variance = self._bound_model().family.moments(self.parameters.components)
-        return mean, np.sqrt(variance)
-
-    def pair_covariance(self, first: int, second: int) -> Array:
-        """Return the covariances (K, 2, 2) of the fields at two positions; 0 between independent fields."""
-        family, components = self._bound_model().family, self.parameters.components
-        variance = family.moments(components)[1]
-        pair = np.empty((len(variance), 2, 2))
-        pair[:, 0, 0], pair[:, 1, 1] = variance[:, first], variance[:, second]
-        pair[:, 0, 1] = pair[:, 1, 0] = family.covariance(components, first, second)
-        return pair
 
 
 class OnlineEM(FittedMixture):
@@ -409,11 +193,11 @@ class OnlineEM(FittedMixture):
         self._structure = StructureState()
         self._truncation = TruncationState()
         self.ignored_fields: Counter[str] = FieldCounts()
-        self.origin = "" if initial_parameters is None else _origin(initial_parameters)
+        self.origin = "" if initial_parameters is None else origin_of(initial_parameters)
         self._known = State(iterate=initial_parameters)
         self._kernel: EventKernel | None = None
         self._compiles = True
-        self._average = _Average()
+        self._average = Average()
         self._buffer: list[Batch] = []
         self._unseen: tuple[int, ...] = ()
 
@@ -635,7 +419,7 @@ class OnlineEM(FittedMixture):
         predictions = [prediction for prediction, _ in scored]
         if self.structure is not None:
             left = self._component_ids()
-            predictions = [_with_columns(prediction, ids, left) for prediction, ids in scored]
+            predictions = [with_columns(prediction, ids, left) for prediction, ids in scored]
         if len(predictions) == 1:
             return predictions[0]
         return Prediction(*(np.concatenate(columns) for columns in zip(*predictions)))
@@ -647,7 +431,7 @@ class OnlineEM(FittedMixture):
 
     def score_events(self, events: Events) -> Prediction:  # noqa: D102 - inherited
         batch = self.encode(events)
-        return _as_prediction(self._posterior(batch), self._component_ids())
+        return as_prediction(self._posterior(batch), self._component_ids())
 
     def _component_ids(self) -> npt.NDArray[np.int64]:
         iterate = self._state.iterate
@@ -694,9 +478,9 @@ class OnlineEM(FittedMixture):
             raise SchemaError("the schedule HalfLife needs the time of the events: update(events, time=...)")
         known = self._schema
         if known is not None and known.extends(batch.schema):
-            return _adapted(batch, known), self._bound_model()
+            return adapted(batch, known), self._bound_model()
         if known is not None and not batch.schema.extends(known):
-            raise _foreign(batch, known)
+            raise foreign_batch(batch, known)
         bound = self.model.bind(batch.schema)
         statistics, iterate = self._state.statistics, self._state.iterate
         if statistics is not None and known is not None:
@@ -708,19 +492,19 @@ class OnlineEM(FittedMixture):
             ignored = Counter(batch.ignored_fields)
             for name, row in zip(batch.schema.names[len(known) :], batch.values[len(known) :]):
                 ignored[name] += int(np.count_nonzero(~np.isnan(row)))
-            return replace(_adapted(batch, known), ignored_fields=ignored), self._bound_model()
-        self._buffer = [_adapted(one, batch.schema) for one in self._buffer]
-        self._structure = self._structure.apply(lambda one: _adapted(one, batch.schema))
+            return replace(adapted(batch, known), ignored_fields=ignored), self._bound_model()
+        self._buffer = [adapted(one, batch.schema) for one in self._buffer]
+        self._structure = self._structure.apply(lambda one: adapted(one, batch.schema))
         self._schema, self._bound = batch.schema, bound
         self._state = replace(self._state, statistics=statistics, iterate=iterate)
         self._parameters = iterate
-        self._average = _Average()
+        self._average = Average()
         return batch, bound
 
     def _keep_aside(self, piece: Batch, scored: Scored | None) -> None:
         if scored is not None:
             ids = self._component_ids()
-            scored.append((_as_prediction(self._warm_up_posterior(piece), ids), ids))
+            scored.append((as_prediction(self._warm_up_posterior(piece), ids), ids))
         # The events belong to the caller, who may reuse their memory; those without weight say nothing.
         told = piece if piece.weight is None else piece.select(np.flatnonzero(piece.weight))
         if told.n_events:
@@ -760,7 +544,7 @@ class OnlineEM(FittedMixture):
         # What is known of fields that depend on no other needs no settling once these come.
         unseen = np.isnan(seen.values).all(axis=1) & bound.family.joint_fields(len(seen.values))
         self._unseen = tuple(np.flatnonzero(unseen).tolist())
-        self.origin = _origin(start)
+        self.origin = origin_of(start)
         self._buffer = []
 
     def _expected(
@@ -780,7 +564,7 @@ class OnlineEM(FittedMixture):
             statistics = bound.e_step(parameters, piece)
         else:
             statistics, posterior = bound.e_step_with_posterior(parameters, piece)
-            scored.append((_as_prediction(posterior, parameters.component_ids), parameters.component_ids))
+            scored.append((as_prediction(posterior, parameters.component_ids), parameters.component_ids))
         return statistics if half_life is None else replace(statistics, half_life=half_life, time=newest)
 
     @property
@@ -826,25 +610,25 @@ class OnlineEM(FittedMixture):
         state = self._state
         self._state = replace(
             state,
-            n_events=state.n_events + _n_told(piece),
+            n_events=state.n_events + count_told(piece),
             total_weight=state.total_weight + piece.total_weight,
         )
 
     def _step(self, bound: Mixture, piece: Batch, scored: Scored | None) -> None:
         if self._step_compiled(piece, scored):
             return
-        if self._unseen and _n_told(piece):
+        if self._unseen and count_told(piece):
             self._settle(bound, piece)
         state = self._state
         assert state.iterate is not None
         if scored is None and self.structure is not None and self.structure.moves:
             scored = []
         new = self._expected(bound, state.iterate, piece, scored)
-        if not _n_told(piece):
+        if not count_told(piece):
             return
         self._count(piece)
         n_events, total_weight = self._state.n_events, self._state.total_weight
-        statistics = self._windowed(new, _n_told(piece))
+        statistics = self._windowed(new, count_told(piece))
         if state.statistics is not None and self.window is None:
             statistics = state.statistics
             retention = self.schedule.retention(
@@ -879,7 +663,7 @@ class OnlineEM(FittedMixture):
             revised, self._truncation = self.truncation.hold(bound, statistics, iterate, self._truncation)
         if revised is statistics:
             return statistics, iterate
-        self._average = _Average()
+        self._average = Average()
         return revised, self._m_step(bound, revised)
 
     def _step_compiled(self, piece: Batch, scored: Scored | None) -> bool:
@@ -984,7 +768,7 @@ class OnlineEM(FittedMixture):
         iterate = replace(state.iterate, component_ids=component_ids)
         statistics = self._changed(state.statistics, lambda one: replace(one, component_ids=component_ids))
         self._state = replace(state, iterate=iterate, statistics=statistics)
-        self._parameters, self._average = iterate, _Average()
+        self._parameters, self._average = iterate, Average()
         return self
 
     def merge(self, other: OnlineEM) -> OnlineEM:
@@ -1000,7 +784,7 @@ class OnlineEM(FittedMixture):
             When the two do not descend from the same start, are still warming up, or slide a window.
 
         """
-        schema = _check_mergeable(self, other)
+        schema = check_mergeable(self, other)
         if not (self.window is None and other.window is None):
             raise MergeError(
                 "learners with a window cannot be merged: which events are the newest of both depends on an order "
@@ -1015,7 +799,7 @@ class OnlineEM(FittedMixture):
                 raise MergeError(f"{what} differ: {mine} and {theirs}")
         grown = self if schema is self.schema else other
         merged = self._like(schema=schema, initial_parameters=grown._state.iterate)
-        told = [_grown(one, schema) for one in (self, other) if one.statistics is not None]
+        told = [grown_statistics(one, schema) for one in (self, other) if one.statistics is not None]
         for one in (self, other):
             merged._count_with(one)
         merged.origin = self.origin
@@ -1125,544 +909,3 @@ def _check_room(window: int, batch_size: int, warm_up: int) -> None:
             f"window must hold at least a mini-batch ({batch_size} events) and the warm-up ({warm_up} events), got "
             f"{window}; set batch_size or warm_up lower"
         )
-
-
-def _n_told(batch: Batch) -> int:
-    """Return how many events have weight: the others say nothing, and move no clock."""
-    return batch.n_events if batch.weight is None else int(np.count_nonzero(batch.weight))
-
-
-@dataclass(frozen=True, eq=False)
-class BatchRun:
-    """A start of batch EM, and what its iterations have come to.
-
-    Parameters
-    ----------
-    parameters
-        The parameters after the last M-step; at first those of the start.
-    origin
-        Fingerprint of the start: component ids mean the same only where this is the same.
-    prior
-        The prior of every M-step, which is that of the first iteration's statistics.
-    statistics
-        Expected sufficient statistics of the last E-step.
-    history
-        Mean log-posterior of each iteration, up to a constant.
-    converged
-        Whether the last iteration gained less than the tolerance.
-    halvings
-        How often a step of the method was halved to stay within the parameter space.
-
-    >>> from stream_em import Gaussian
-    >>> batch = Schema({"x": "numeric"}).encode(np.array([[0.0], [2.0]]))
-    >>> bound = Mixture(Gaussian(), 1).bind(batch.schema)
-    >>> run = BatchRun.begin(bound.pooled(batch))
-    >>> run = run.advance(bound, bound.e_step(run.parameters, batch), tol=1e-3)
-    >>> run.parameters.components.mean, len(run.history), run.converged
-    (array([[1.]]), 1, False)
-
-    """
-
-    parameters: MixtureParameters
-    origin: str
-    prior: Any = None
-    statistics: Statistics | None = None
-    history: tuple[float, ...] = ()
-    converged: bool = False
-    halvings: int = 0
-
-    @classmethod
-    def begin(cls, start: MixtureParameters) -> BatchRun:
-        """Return the run that begins at these parameters."""
-        return cls(start, _origin(start))
-
-    def advance(self, bound: Mixture, statistics: Statistics, tol: float) -> BatchRun:
-        """Return the run one iteration later.
-
-        Parameters
-        ----------
-        bound
-            The mixture, bound to the schema of the events.
-        statistics
-            The expected sufficient statistics of all the events at `parameters`.
-        tol
-            Converged when the mean log-posterior gains less than this.
-
-        """
-        return self.include(iterate(bound, self.parameters, statistics, self.prior), tol)
-
-    def include(self, iteration: Iteration, tol: float, *, monotone: bool = True) -> BatchRun:
-        """Return the run with one more iteration.
-
-        Parameters
-        ----------
-        iteration
-            The iteration, by whatever method it was made.
-        tol
-            Converged when the mean log-posterior gains less than this.
-        monotone
-            Whether it never falls but by rounding, as in batch EM; elsewhere a fall is no sign of convergence.
-
-        """
-        history = (*self.history, iteration.objective)
-        gain = history[-1] - history[-2] if len(history) > 1 else math.inf
-        return BatchRun(
-            iteration.parameters,
-            self.origin,
-            iteration.prior,
-            iteration.statistics,
-            history,
-            (gain if monotone else abs(gain)) < tol,
-            self.halvings + iteration.halvings,
-        )
-
-    def finished(self, max_iter: int) -> bool:
-        """Whether no iteration is to follow."""
-        return self.converged or len(self.history) >= max_iter
-
-    @property
-    def objective(self) -> float:
-        """Mean log-posterior of the last iteration; that of a run without any is the lowest."""
-        return self.history[-1] if self.history else -math.inf
-
-
-class BatchEM(FittedMixture):
-    """Batch EM (Dempster, Laird & Rubin 1977), in memory or over batches that can be read again.
-
-    Parameters
-    ----------
-    model
-        The mixture.
-    method
-        How the iterations combine the statistics of the events: None for batch EM, or `Incremental`,
-        `VarianceReduced` or `FIEM`, whose iterations are epochs and which hold the events in memory.
-    schema
-        Fields of the events; inferred from the first events when None.
-    max_iter
-        Most EM iterations, >= 1.
-    tol
-        Converged when the mean log-posterior gains less than this in an iteration, >= 0; with a `method`, when it
-        changes by less.
-    n_init
-        Number of starts; the one with the highest log-posterior is kept.
-    initial_parameters
-        Start from these instead of seeding; needs `schema`.
-    seed_events
-        Size of the sample of the events from which starts are seeded.
-    n_threads
-        Threads that share the blocks of a large batch.
-    progress
-        Whether to show a progress bar.
-    seed
-        Seed of the random choices.
-
-    Raises
-    ------
-    ValueError
-        When a number is out of range, or `initial_parameters` come without `schema`.
-
-    Attributes
-    ----------
-    history
-        Mean log-posterior of each iteration of the kept start, up to a constant.
-    converged
-        Whether the kept start converged before `max_iter`.
-    halvings
-        How often a step of the method was halved to stay within the parameter space; 0 in batch EM.
-    statistics
-        Expected sufficient statistics of the last E-step.
-    n_events
-        Events fitted.
-
-    >>> from stream_em import Gaussian
-    >>> events = np.repeat([[0.0], [0.2], [5.0], [5.2]], 10, axis=0)
-    >>> fitted = BatchEM(Mixture(Gaussian(), n_components=2), seed=0).fit(events)
-    >>> np.sort(fitted.parameters.components.mean.ravel()).round(2), fitted.converged
-    (array([0.1, 5.1]), True)
-
-    """
-
-    OPTIONS: ClassVar[tuple[str, ...]] = ("method", "max_iter", "tol", "n_init", "seed_events", "n_threads", "seed")
-
-    def __init__(
-        self,
-        model: Mixture,
-        *,
-        method: Method | None = None,
-        schema: Schema | None = None,
-        max_iter: int = 100,
-        tol: float = 1e-3,
-        n_init: int = 1,
-        initial_parameters: MixtureParameters | None = None,
-        seed_events: int = 10_000,
-        n_threads: int = 1,
-        progress: bool = False,
-        seed: int = 0,
-    ) -> None:
-        check_whole(max_iter=max_iter, n_init=n_init, seed_events=seed_events, n_threads=n_threads)
-        check_whole(least=0, below=None, seed=seed)
-        if not 0.0 <= tol < math.inf:
-            raise ValueError(
-                f"tol must be >= 0 and finite, got {tol!r}: no iteration of EM lowers the log-posterior, so it never "
-                "gains less"
-            )
-        if initial_parameters is not None and schema is None:
-            raise ValueError("initial_parameters need the schema they are for")
-        if not isinstance(method, Method | None):
-            raise ValueError(f"method must be None, Incremental(), VarianceReduced() or FIEM(), got {method!r}")
-        super().__init__(model, None, schema)
-        self.method = method
-        self.max_iter = max_iter
-        self.tol = tol
-        self.n_init = n_init
-        self.seed_events = seed_events
-        self.n_threads = n_threads
-        self.progress = progress
-        self.seed = seed
-        self.history: list[float] = []
-        self.converged = False
-        self.halvings = 0
-        self.n_events = 0
-        self.ignored_fields: Counter[str] = FieldCounts()
-        self.statistics: Statistics | None = None
-        self.origin = ""
-        self._initial_parameters = initial_parameters
-
-    def _progress_text(self) -> str:
-        return f", {self.n_events:,} events"
-
-    def fit(
-        self,
-        events: Events | Iterable[Events] | Callable[[], Iterable[Events]],
-        weight: npt.ArrayLike | None = None,
-    ) -> Self:
-        """Fit the model; return the learner.
-
-        Parameters
-        ----------
-        events
-            Events in any accepted form; or an iterable of such batches that can be gone through again, or
-            a function that returns a fresh one, when they do not fit in memory.
-        weight
-            Sample weights (n,) of events in memory. Batches that are read bring their own: encode them.
-
-        Raises
-        ------
-        EventError, SchemaError
-            When an event or a frame cannot be used.
-        NotFittedError
-            When there is no event with weight.
-
-        """
-        batches, sample, n_events, ignored_fields = self._read(events, weight)
-        if self._initial_parameters is not None and sample.schema.fields != self._known_schema().fields:
-            raise SchemaError(
-                "the events have fields or categories that initial_parameters do not know: "
-                f"{sample.schema!r} instead of {self._schema!r}"
-            )
-        bound = self.model.bind(sample.schema)
-        generator = np.random.default_rng(self.seed)
-        best: BatchRun | None = None
-        starts = 1 if self._initial_parameters is not None else self.n_init
-        with _Progress(self.progress, starts * self.max_iter) as advance:
-            for _ in range(starts):
-                start = self._initial_parameters or seed_parameters(self.model, sample, generator)
-                run = self._iterate(bound, start, batches, advance)
-                if best is None or run.objective > best.objective:
-                    best = run
-        assert best is not None
-        return self.adopt(best, bound, n_events=n_events, ignored_fields=ignored_fields)
-
-    def adopt(
-        self, run: BatchRun, bound: Mixture, *, n_events: int, ignored_fields: Mapping[str, int] | None = None
-    ) -> Self:
-        """Take over what the iterations of a start came to, wherever they were made; return the learner.
-
-        Parameters
-        ----------
-        run
-            The start, and what its iterations came to.
-        bound
-            The mixture, bound to the schema of the events.
-        n_events
-            Events fitted.
-        ignored_fields
-            Names of unknown fields that were ignored, with the number of events that held them.
-
-        """
-        self._bound, self._schema, self._parameters = bound, bound.schema, run.parameters
-        self.statistics, self.history, self.converged = run.statistics, list(run.history), run.converged
-        self.halvings = run.halvings
-        self.n_events, self.ignored_fields, self.origin = n_events, FieldCounts(ignored_fields or {}), run.origin
-        return self
-
-    def _read(
-        self, events: Any, weight: npt.ArrayLike | None
-    ) -> tuple[Callable[[], Iterator[Batch]], Batch, int, Counter[str]]:
-        """Go through the events once: settle the schema, draw the sample to seed from, count."""
-        source = _batches_of(events)
-        schema = self._schema
-        # A generator of its own: starts must not depend on how the events were cut.
-        reservoir = Reservoir(self.seed_events, np.random.default_rng([self.seed, 1]))
-        if source is None:
-            events = in_memory(events)
-            batch = (Schema.infer(events) if schema is None else schema).encode(events, weight, extend=True)
-            if not _n_told(batch):
-                raise NotFittedError("there is no event with weight to fit")
-            whole = Batch(np.ascontiguousarray(batch.values), batch.schema, batch.weight)
-            self.model.bind(whole.schema).check(whole)
-            reservoir.add(whole)
-            return lambda: iter((whole,)), reservoir.sample(), whole.n_events, Counter(batch.ignored_fields)
-        if weight is not None:
-            raise SchemaError("sample weights of batches that are read come with each batch: encode it with its weight")
-        n_events = n_told = 0
-        ignored_fields: Counter[str] = FieldCounts()
-        for chunk in source():
-            if isinstance(chunk, Batch):
-                batch = chunk if schema is None or chunk.schema.extends(schema) else _adapted(chunk, schema)
-            else:
-                batch = (Schema.infer(chunk) if schema is None else schema).encode(chunk, extend=True)
-            schema = batch.schema
-            self.model.bind(schema).check(batch)
-            n_events += batch.n_events
-            n_told += _n_told(batch)
-            ignored_fields.update(batch.ignored_fields)
-            reservoir.add(batch)
-        if n_told == 0 or schema is None:
-            raise NotFittedError("there is no event with weight to fit")
-        known = schema
-
-        def again() -> Iterator[Batch]:
-            for chunk in source():
-                yield _adapted(chunk if isinstance(chunk, Batch) else known.encode(chunk), known)
-
-        return again, reservoir.sample(), n_events, ignored_fields
-
-    def _iterate(
-        self,
-        bound: Mixture,
-        start: MixtureParameters,
-        batches: Callable[[], Iterator[Batch]],
-        advance: Callable[[str], None],
-    ) -> BatchRun:
-        run = BatchRun.begin(start)
-        steps = (iterations if self.method is None else self.method.iterations)(
-            bound, start, batches, n_threads=self.n_threads
-        )
-        while not run.finished(self.max_iter):
-            run = run.include(next(steps), self.tol, monotone=self.method is None)
-            advance(f"mean log-posterior {run.objective:.6g}")
-        return run
-
-    def merge(self, other: BatchEM) -> BatchEM:
-        """Return a fit whose statistics are those of both, after one more M-step; neither is changed.
-
-        Raises
-        ------
-        MergeError
-            When the two do not descend from the same start.
-
-        """
-        schema = _check_mergeable(self, other)
-        options = {name: getattr(self, name) for name in self.OPTIONS}
-        merged = BatchEM(self.model, schema=schema, progress=self.progress, **options)
-        merged.statistics = _grown(self, schema).merge(_grown(other, schema))
-        merged.n_events = self.n_events + other.n_events
-        merged.ignored_fields = FieldCounts(self.ignored_fields)
-        merged.ignored_fields.update(other.ignored_fields)
-        merged.origin = self.origin
-        merged._parameters = merged._bound_model().m_step(merged.statistics)
-        return merged
-
-
-@dataclass(frozen=True, eq=False)
-class _Average:
-    """Running averages of the parameters over the last half to three quarters of the updates.
-
-    How long the stream will be is not known, so averaging starts anew at each power of two and the
-    average started at the power before is the one reported.
-    """
-
-    reported: MixtureParameters | None = None
-    n_reported: int = 0
-    running: MixtureParameters | None = None
-    n_running: int = 0
-
-    def include(self, parameters: MixtureParameters, update: int) -> _Average:
-        reported, n_reported, running, n_running = self.reported, self.n_reported, self.running, self.n_running
-        if update & (update - 1) == 0:
-            reported, n_reported, running, n_running = running, n_running, None, 0
-        return _Average(
-            _interpolated(reported, parameters, n_reported),
-            n_reported + 1,
-            _interpolated(running, parameters, n_running),
-            n_running + 1,
-        )
-
-
-def _interpolated(average: Any, new: Any, n_averaged: int) -> Any:
-    """Mean of `n_averaged` parameters and one more; every family's parameters form a convex set."""
-    if n_averaged == 0:
-        return new
-    if isinstance(new, np.ndarray):
-        return average + (new - average) / (n_averaged + 1) if new.dtype.kind == "f" else new
-    if isinstance(new, tuple):
-        return tuple(_interpolated(one, other, n_averaged) for one, other in zip(average, new))
-    assert is_dataclass(new)
-    assert not isinstance(new, type)
-    return replace(
-        new,
-        **{
-            one.name: _interpolated(getattr(average, one.name), getattr(new, one.name), n_averaged)
-            for one in fields(new)
-        },
-    )
-
-
-def _with_columns(prediction: Prediction, ids: npt.NDArray[np.int64], columns: npt.NDArray[np.int64]) -> Prediction:
-    """Return a prediction whose responsibilities, of components with these ids, have a column for each of others."""
-    if np.array_equal(ids, columns):
-        return prediction
-    responsibilities = np.zeros((len(prediction.log_prob), len(columns)))
-    _, at, of_columns = np.intersect1d(ids, columns, return_indices=True)
-    responsibilities[:, of_columns] = prediction.responsibilities[:, at]
-    return prediction._replace(responsibilities=responsibilities)
-
-
-def _as_prediction(posterior: Posterior, component_ids: npt.NDArray[np.int64]) -> Prediction:
-    responsibilities = posterior.responsibilities
-    return Prediction(posterior.log_prob, component_ids[np.argmax(responsibilities, axis=0)], responsibilities.T)
-
-
-def _foreign(batch: Batch, schema: Schema) -> SchemaError:
-    return SchemaError(
-        f"the batch was encoded with another schema, {batch.schema!r} instead of {schema!r}, or with other "
-        "categories; encode events with the learner's own schema"
-    )
-
-
-def _adapted(batch: Batch, schema: Schema) -> Batch:
-    """Return a batch of an earlier or later state of `schema` as `schema` sees it.
-
-    Fields that came later are missing; new fields are left out and new categories are `other`.
-    """
-    if batch.schema is schema:
-        return batch
-    if schema.extends(batch.schema):
-        values = batch.values
-        if len(schema) > len(values):
-            values = np.full((len(schema), batch.n_events), np.nan)
-            values[: len(batch.values)] = batch.values
-        return replace(batch, values=values, schema=schema)
-    if not batch.schema.extends(schema):
-        raise _foreign(batch, schema)
-    values = batch.values[: len(schema)].copy()
-    for row, field in zip(values, schema.fields):
-        if field.kind == "category":
-            row[row >= field.n_codes] = OTHER
-    return replace(batch, values=values, schema=schema)
-
-
-def _origin(parameters: MixtureParameters) -> str:
-    """Fingerprint of the first parameters: component ids mean the same only where this is the same."""
-    digest = hashlib.blake2b(digest_size=16)
-
-    def include(value: Any) -> None:
-        if isinstance(value, np.ndarray):
-            digest.update(np.ascontiguousarray(value).tobytes())
-        elif isinstance(value, tuple):
-            for one in value:
-                include(one)
-        else:
-            for one in fields(value):
-                include(getattr(value, one.name))
-
-    include(parameters)
-    return digest.hexdigest()
-
-
-def _check_mergeable(first: OnlineEM | BatchEM, second: OnlineEM | BatchEM) -> Schema:
-    """Return the schema of both, or the one of the two whose vocabularies grew beyond the other's."""
-    if type(first) is not type(second):
-        raise MergeError(f"a {type(first).__name__} cannot be merged with a {type(second).__name__}")
-    if first.model != second.model:
-        raise MergeError(f"the models differ: {first.model} and {second.model}")
-    if not (first.origin and second.origin):
-        raise MergeError("a learner that is still warming up has no components to merge; give it more events first")
-    if first.origin != second.origin:
-        raise MergeError(
-            "the two states do not descend from the same start, so their components do not correspond; "
-            "fork one learner, feed each fork its share of the events, and merge those"
-        )
-    if first.n_events and _fingerprint(first) == _fingerprint(second):
-        raise MergeError("the two states are identical: merging them would count the same events twice")
-    mine, theirs = first._known_schema(), second._known_schema()
-    if mine.names == theirs.names:
-        for schema, other in ((mine, theirs), (theirs, mine)):
-            if schema.extends(other):
-                return schema
-    raise MergeError(f"the fields, or the order in which categories were first seen, differ: {mine!r} and {theirs!r}")
-
-
-def _fingerprint(learner: OnlineEM | BatchEM) -> tuple[Any, ...]:
-    """What tells two states apart: the events counted, and the bytes of the statistics."""
-    statistics = learner.statistics
-    parts = {} if statistics is None else statistics.parts
-    arrays = (array.tobytes() for part in parts.values() for array in part.arrays().values())
-    return learner.n_events, *arrays
-
-
-def _grown(learner: OnlineEM | BatchEM, schema: Schema) -> Statistics:
-    """Return the statistics of a learner for a schema with the same fields and more categories."""
-    known, statistics = learner._known_schema(), learner.statistics
-    assert statistics is not None
-    if known.fields == schema.fields:
-        return statistics
-    nothing = Batch(np.empty((len(schema), 0)), schema)
-    return learner.model.grow(statistics, known, schema, nothing)
-
-
-def _batches_of(events: Any) -> Callable[[], Iterable[Any]] | None:
-    """Return a function that yields batches, or None when `events` are themselves in memory."""
-    if callable(events):
-        return events  # type: ignore[no-any-return]
-    if isinstance(events, Batch | np.ndarray | Mapping) or hasattr(events, "__arrow_c_stream__"):
-        return None
-    if isinstance(events, Sequence) and (not events or isinstance(events[0], Mapping)):
-        return None
-    if hasattr(events, "__arrow_c_array__"):
-        return None
-    if isinstance(events, Iterator):
-        raise SchemaError(
-            "an iterator can be gone through only once, and batch EM needs several passes; pass a function that "
-            "returns a fresh iterator"
-        )
-    if isinstance(events, Iterable):
-        return lambda: events
-    raise SchemaError(f"events of type {type(events).__name__} are not supported")
-
-
-class _Progress:
-    """A Rich progress bar, or nothing."""
-
-    def __init__(self, shown: bool, total: int) -> None:
-        self._shown, self._total = shown, total
-
-    def __enter__(self) -> Callable[[str], None]:
-        if not self._shown:
-            return lambda text: None
-        try:
-            from rich.progress import Progress
-        except ModuleNotFoundError as error:
-            raise ImportError(
-                "progress=True needs rich: pip install 'stream-em[cli]', or leave progress out"
-            ) from error
-
-        self._progress = Progress()
-        self._progress.start()
-        task = self._progress.add_task("EM", total=self._total)
-        return lambda text: self._progress.update(task, advance=1, description=text)
-
-    def __exit__(self, *error: object) -> None:
-        if self._shown:
-            self._progress.stop()
