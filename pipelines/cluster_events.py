@@ -14,15 +14,15 @@ from typing import Any
 
 import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
-from apache_beam.options.pipeline_options import PipelineOptions
 
-from stream_em import load
+from stream_em import Schema, load
 from stream_em.beam.expectation import REJECTED
 from stream_em.beam.kafka import ReadKafka
 from stream_em.beam.online import GlobalUpdate, OnlineUpdate, ScoredEvent
 from stream_em.beam.writing import WriteJsonLines, WriteRejected, WriteSnapshots
 from stream_em.cli.beam_jobs import (
     AsEvents,
+    JobOptions,
     apart,
     keeping_key,
     known_schema,
@@ -34,11 +34,13 @@ from stream_em.cli.beam_jobs import (
     stem,
 )
 from stream_em.cli.build import make_model
-from stream_em.cli.config import ConfigError
+from stream_em.cli.config import Config, ConfigError
 from stream_em.cli.main import run_program
+from stream_em.columns import Roles
+from stream_em.store import Learner
 
 
-class ClusterOptions(PipelineOptions):
+class ClusterOptions(JobOptions):
     """Options of the online models."""
 
     @classmethod
@@ -51,53 +53,29 @@ class ClusterOptions(PipelineOptions):
 
 def run(argv: Sequence[str] | None = None) -> None:
     """Read the options, learn from the events, write what comes out."""
-    options, config = read_job(argv)
-    chosen = options.view_as(ClusterOptions)
+    options, config = read_job(argv, ClusterOptions)
     if options.key is not None:
         config = keeping_key(config, options.key)
     output, learner = config.output, config.learner
-    initial = None if options.initial is None else load(options.initial)
     roles = make_roles(config)
     if learner.structure is not None:
         raise ConfigError(
             "learner.structure: is for `stream-em run`; in a pipeline each key keeps its model.n_components: leave out "
             "the structure"
         )
-    if chosen.kafka is not None and not chosen.topic:
+    if options.kafka is not None and not options.topic:
         raise ConfigError("--topic NAME is needed with --kafka: the topic to read; it can be repeated")
-    update: OnlineUpdate | GlobalUpdate
-    if options.key is not None:
-        schema = known_schema(config, roles, options) if initial is None else None
-        update = OnlineUpdate(
-            None if schema is None else make_model(config.model, schema),
-            schema=schema,
-            initial=initial,
-            schedule=learner.schedule.make(),
-            batch_size=learner.batch_size,
-            warm_up=learner.warm_up,
-            roles=roles,
-            averaging=learner.averaging,
-            snapshot_every=chosen.snapshot_every,
-            seed=learner.seed,
-        )
-    elif initial is not None:
-        update = GlobalUpdate(
-            initial,
-            shards=chosen.shards,
-            batch_size=learner.batch_size,
-            roles=roles,
-            merge_every=chosen.snapshot_every,
-        )
-    else:
-        raise ConfigError(
-            "name the column of the key with --key, or, for one model of all events, the snapshot it starts from with "
-            "--initial: shards of a model must start from the same components"
-        )
+    initial = None if options.initial is None else load(options.initial)
+    schema = known_schema(config, roles, options) if options.key is not None and initial is None else None
+    try:
+        update = _update(options, config, roles, initial, schema)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     names = stem(output.scored_events, "scored"), stem(output.quarantine)
     remove_outputs(output.folder, *(f"{name}-*.jsonl" for name in names))
     with beam.Pipeline(options=options) as pipeline:
-        if chosen.kafka is not None:
-            read = ReadKafka({"bootstrap.servers": chosen.kafka}, chosen.topic, time=config.source.time)
+        if options.kafka is not None:
+            read = ReadKafka({"bootstrap.servers": options.kafka}, options.topic, time=config.source.time)
         else:
             read = make_read(config, keep=apart(config))
         events, unreadable = pipeline | "Read" >> read
@@ -116,7 +94,39 @@ def run(argv: Sequence[str] | None = None) -> None:
         _ = outputs.snapshots | beam.ParDo(WriteSnapshots(FileSystems.join(output.folder, "models")))
         rejected = (unreadable, unkeyed, outputs.rejected) | beam.Flatten()
         _ = rejected | "Rejected" >> WriteRejected(output.folder, names[1])
-    report(pipeline, output.folder)
+    report(pipeline, output.folder, names[1])
+
+
+def _update(
+    options: ClusterOptions, config: Config, roles: Roles, initial: Learner | None, schema: Schema | None
+) -> OnlineUpdate | GlobalUpdate:
+    """Models by key, or one model that shards share."""
+    learner = config.learner
+    if options.key is not None:
+        return OnlineUpdate(
+            None if schema is None else make_model(config.model, schema),
+            schema=schema,
+            initial=initial,
+            schedule=learner.schedule.make(),
+            batch_size=learner.batch_size,
+            warm_up=learner.warm_up,
+            roles=roles,
+            averaging=learner.averaging,
+            snapshot_every=options.snapshot_every,
+            seed=learner.seed,
+        )
+    if initial is not None:
+        return GlobalUpdate(
+            initial,
+            shards=options.shards,
+            batch_size=learner.batch_size,
+            roles=roles,
+            merge_every=options.snapshot_every,
+        )
+    raise ConfigError(
+        "name the column of the key with --key, or, for one model of all events, the snapshot it starts from with "
+        "--initial: shards of a model must start from the same components"
+    )
 
 
 def _row(scored: ScoredEvent, key: str | None, prefix: str) -> dict[str, Any]:

@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from apache_beam.options.pipeline_options import PipelineOptions
 from rich.console import Console
 
-from stream_em.cli.beam_jobs import read_job, refit
+from stream_em.cli.beam_jobs import JobOptions, read_job, refit
 from stream_em.cli.main import run_program
 
 
-class RefitOptions(PipelineOptions):
+class RefitOptions(JobOptions):
     """Options of the refit."""
 
     @classmethod
@@ -29,8 +28,8 @@ class RefitOptions(PipelineOptions):
 
 def run(argv: Sequence[str] | None = None) -> None:
     """Read the options, fit, and write the snapshot."""
-    options, config = read_job(argv)
-    refit(config, Console(), options, work_folder=options.view_as(RefitOptions).work_folder)
+    options, config = read_job(argv, RefitOptions)
+    refit(config, Console(), options, work_folder=options.work_folder)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@ r"""Fit a model to the events of each key, of all keys in one pass.
 python -m pipelines.refit_per_key --config configs/segments.yaml --key category
 
 Leaves a snapshot for each key, `<output.folder>/models/<key>/last.arrow`, and as JSON Lines the events that could not
-be used and the keys with fewer events than components. Any of Beam's options can be added, such as
---runner=FlinkRunner.
+be read, those that could not be used, and the keys with fewer events than components. Any of Beam's options can be
+added, such as --runner=FlinkRunner.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from apache_beam.io.filesystems import FileSystems
 
 from stream_em import load
 from stream_em.beam.per_key import RefitPerKey
+from stream_em.beam.survey import infer_categories
 from stream_em.beam.writing import WriteRejected, WriteSnapshots
 from stream_em.cli.beam_jobs import (
+    JobOptions,
     keeping_key,
     known_schema,
     make_read,
@@ -34,13 +36,16 @@ from stream_em.cli.main import run_program
 
 def run(argv: Sequence[str] | None = None) -> None:
     """Read the options, fit the models, and write their snapshots."""
-    options, config = read_job(argv)
+    options, config = read_job(argv, JobOptions)
     if options.key is None:
         raise ConfigError("--key COLUMN is needed: the column whose every value gets a model of its own")
     config = keeping_key(config, options.key)
     roles, output, section = make_roles(config), config.output, config.learner
+    names = stem(output.quarantine), f"unreadable-{stem(output.quarantine)}"
     start = None if options.initial is None else load(options.initial)
-    schema = (start and start.schema) or known_schema(config, roles, options)
+    schema = None if start is None else start.schema
+    if schema is None:
+        schema = infer_categories(known_schema(config, roles, options), make_read(config), roles=roles, options=options)
     refit = RefitPerKey(
         make_model(config.model, schema) if start is None else start.model,
         schema=schema,
@@ -51,16 +56,17 @@ def run(argv: Sequence[str] | None = None) -> None:
         n_init=section.n_init,
         initial_parameters=None if start is None else start.parameters,
         seed=section.seed,
-        rejected_to=WriteRejected(output.folder, stem(output.quarantine)),
+        rejected_to=WriteRejected(output.folder, names[0]),
     )
-    remove_outputs(output.folder, f"{stem(output.quarantine)}-*.jsonl", "models/*/last.arrow")
+    remove_outputs(output.folder, *(f"{name}-*.jsonl" for name in names), "models/*/last.arrow")
     with beam.Pipeline(options=options) as pipeline:
         events, unreadable = pipeline | make_read(config, keep=[options.key])
         last = beam.MapTuple(lambda key, learner: (str(key), float("inf"), learner))
         write = beam.ParDo(WriteSnapshots(FileSystems.join(output.folder, "models")))
         _ = events | refit | "Last" >> last | "Snapshots" >> write
-        _ = unreadable | "Unreadable" >> WriteRejected(output.folder, f"{stem(output.quarantine)}-unreadable")
-    report(pipeline, output.folder)
+        # A sink removes the files whose names begin with its own name.
+        _ = unreadable | "Unreadable" >> WriteRejected(output.folder, names[1])
+    report(pipeline, output.folder, *names)
 
 
 if __name__ == "__main__":

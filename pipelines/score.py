@@ -10,24 +10,24 @@ Beam's options can be added, such as --runner=FlinkRunner.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import apache_beam as beam
 from apache_beam.ml.inference.base import RunInference
-from apache_beam.options.pipeline_options import PipelineOptions
 
 from stream_em.beam.expectation import REJECTED
 from stream_em.beam.serving import MixtureModelHandler, SplitRejected
 from stream_em.beam.storage import read_file
 from stream_em.beam.writing import WriteRejected, WriteTables, scored_table
-from stream_em.cli.beam_jobs import apart, make_read, make_roles, read_job, remove_outputs, report, stem
+from stream_em.cli.beam_jobs import JobOptions, apart, make_read, make_roles, read_job, remove_outputs, report, stem
 from stream_em.cli.config import ConfigError
 from stream_em.cli.main import run_program
 from stream_em.store import from_bytes
 
 
-class ScoreOptions(PipelineOptions):
+class ScoreOptions(JobOptions):
     """Options of the scoring."""
 
     @classmethod
@@ -37,13 +37,15 @@ class ScoreOptions(PipelineOptions):
 
 def run(argv: Sequence[str] | None = None) -> None:
     """Read the options, score the events, and write them."""
-    options, config = read_job(argv)
-    output, snapshot = config.output, options.view_as(ScoreOptions).snapshot
+    options, config = read_job(argv, ScoreOptions)
+    output, snapshot = config.output, options.snapshot
     if snapshot is None:
         raise ConfigError("--snapshot FILE is needed: the model that scores the events")
     # To learn in each worker that it is no snapshot would be too late.
-    from_bytes(read_file(snapshot), source=snapshot)
-    handler = MixtureModelHandler(snapshot, roles=make_roles(config))
+    schema = from_bytes(read_file(snapshot), source=snapshot).schema
+    # What else the events have is carried into what is written, as `stream-em score` does.
+    roles = replace(make_roles(config), only=None if schema is None else schema.names)
+    handler = MixtureModelHandler(snapshot, roles=roles)
     as_table = partial(scored_table, prefix=output.prefix, responsibilities=output.responsibilities)
     names = stem(output.scored_events, "scored"), stem(output.quarantine)
     remove_outputs(output.folder, f"{names[0]}-*.parquet", f"{names[1]}-*.jsonl")
@@ -55,7 +57,7 @@ def run(argv: Sequence[str] | None = None) -> None:
         _ = scored | "Tables" >> beam.Map(as_table) | WriteTables(output.folder, names[0])
         rejected = (unreadable, unusable) | beam.Flatten()
         _ = rejected | WriteRejected(output.folder, names[1])
-    report(pipeline, output.folder)
+    report(pipeline, output.folder, names[1])
 
 
 if __name__ == "__main__":

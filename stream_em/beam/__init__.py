@@ -10,7 +10,7 @@ from stream_em.beam.per_key import RefitPerKey
 from stream_em.beam.reading import ReadEvents
 from stream_em.beam.refit import Refit, RefitError, RefitResult
 from stream_em.beam.serving import EventScore, MixtureModelHandler, SplitRejected
-from stream_em.beam.survey import infer_schema
+from stream_em.beam.survey import infer_categories, infer_schema
 from stream_em.beam.writing import WriteRejected, WriteSnapshots
 from stream_em.kafka import KafkaMessage
 
@@ -38,6 +38,7 @@ __all__ = [
     "StatisticsCoder",
     "WriteRejected",
     "WriteSnapshots",
+    "infer_categories",
     "infer_schema",
     "to_anomaly_prediction",
 ]

@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 
 from stream_em.beam.events import BLOCK_EVENTS, EventBlocks, RejectedEvent, _n_events
 from stream_em.beam.expectation import NAMESPACE, REJECTED
-from stream_em.beam.survey import _globally, in_one_window, unapplied, untimed
+from stream_em.beam.survey import _globally, check_categories, in_one_window, unapplied, untimed
 from stream_em.columns import Roles
 from stream_em.learners import BatchEM
 from stream_em.models import Mixture, MixtureParameters
@@ -88,7 +88,8 @@ class RefitPerKey(beam.PTransform):
     model
         The mixture, the same for all keys.
     schema
-        The fields of the events; categories outside it are counted as `other`. `infer_schema` finds it in a source.
+        The fields of the events; categories outside it are counted as `other`. `infer_schema` finds it in a source,
+        `infer_categories` the categories of declared fields.
     key
         Field that holds an event's key, which the model does not get, or a function of an event that is a dict. By
         default the elements are (key, event) pairs; the second of a pair may also be a table of events.
@@ -104,7 +105,7 @@ class RefitPerKey(beam.PTransform):
     Raises
     ------
     ValueError
-        When a number is out of range.
+        When a number is out of range, or no category of a category field is known.
 
     Notes
     -----
@@ -145,6 +146,8 @@ class RefitPerKey(beam.PTransform):
         rejected_to: beam.PTransform | None = None,
     ) -> None:
         super().__init__()
+        if initial_parameters is None:
+            check_categories(schema)
         self.model = model
         self.schema = schema
         self.key = key
@@ -194,7 +197,6 @@ class _EncodePerKey(beam.DoFn):
         roles: Roles,
     ) -> None:
         self.model, self.schema, self.key, self.roles = model, schema, key, roles
-        self._events = Metrics.counter(NAMESPACE, "events")
         self._rejected = Metrics.counter(NAMESPACE, "rejected")
         self._ignored = Metrics.counter(NAMESPACE, "ignored")
 
@@ -285,7 +287,6 @@ class _EncodePerKey(beam.DoFn):
 
     def _take(self) -> Iterator[tuple[Any, KeyBlock]]:
         parts, self._parts = self._parts, defaultdict(list)
-        self._events.inc(self._held)
         self._held = 0
         for key, of_key in parts.items():
             block = concatenate(of_key)
@@ -339,6 +340,7 @@ class _FitKey(beam.DoFn):
 
     def __init__(self, model: Mixture, schema: Schema, options: dict[str, Any]) -> None:
         self.model, self.schema, self.options = model, schema, options
+        self._events = Metrics.counter(NAMESPACE, "events")
         self._rejected = Metrics.counter(NAMESPACE, "rejected")
         self._keys = Metrics.counter(NAMESPACE, "keys")
 
@@ -357,6 +359,7 @@ class _FitKey(beam.DoFn):
             reason = f"key {key!r} has {n_told} events with weight, fewer than the {self.model.n_components} components"
             yield beam.pvalue.TaggedOutput(REJECTED, RejectedEvent({"key": key}, reason, n_events))
             return
+        self._events.inc(n_events)
         self._keys.inc()
 
         def batches() -> Iterator[Batch]:

@@ -23,10 +23,12 @@ from stream_em.beam.survey import (
     Sample,
     Source,
     check_any,
+    check_categories,
     decode_counts,
     encode_counts,
     first_reason,
     in_one_window,
+    infer_categories,
     infer_schema,
     read_from,
     total_counts,
@@ -89,7 +91,9 @@ class Refit(beam.PTransform):
     model
         The mixture.
     schema
-        The fields of the events; by default `run` infers them from all the events.
+        The fields of the events; by default `run` infers them from all the events. The categories of a field that
+        names none are found in the events by `run`, unless it starts from `initial_parameters`; other values of a
+        category field are counted as `other`.
     roles
         Columns that are not the model's: weight, label and others to leave out.
     max_iter
@@ -150,6 +154,8 @@ class Refit(beam.PTransform):
         check_whole(unrolled=1 if unrolled is None else unrolled)
         if unrolled is not None and schema is None:
             raise ValueError("unrolled iterations need the schema of the events; infer_schema finds it in a source")
+        if unrolled is not None and schema is not None and initial_parameters is None:
+            check_categories(schema)
         self.model = model
         self.schema = schema
         self.roles = untimed(roles)
@@ -435,6 +441,8 @@ class _Run:
         schema = refit.schema
         if schema is None:
             schema = infer_schema(self.source, roles=refit.roles, folder=self.folder, **self.how)
+        elif refit.initial_parameters is None:
+            schema = infer_categories(schema, self.source, roles=refit.roles, folder=self.folder, **self.how)
         self.schema = schema
         self.bound = refit.model.bind(schema)
         coder = ReservoirCoder(schema, refit.seed_events)

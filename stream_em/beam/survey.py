@@ -158,6 +158,88 @@ def infer_schema(
     ('FR', 'DE')
 
     """
+    found = _look(source, roles, folder, options, runner)
+    fields = json.loads(found["fields"])
+    if not fields and "reason" in found:
+        raise SchemaError(
+            "no field could be inferred: all events were rejected, the first of the reasons being: "
+            + found["reason"].decode()
+        )
+    declared = {} if roles is None else roles.kinds
+    return _schema_of(fields, declared, max_categories)
+
+
+def infer_categories(
+    schema: Schema,
+    source: Source,
+    *,
+    roles: Roles | None = None,
+    folder: str | None = None,
+    options: PipelineOptions | None = None,
+    runner: Any = None,
+) -> Schema:
+    """Return a declared schema with the categories of the fields that name none, found in all the events of a source.
+
+    Workers share no vocabulary that grows as they read: a category that the schema does not know is `other` to them.
+
+    Parameters
+    ----------
+    schema
+        The fields. Where it knows the categories of all category fields, nothing is read.
+    source, roles, folder, options, runner
+        As of `infer_schema`.
+
+    Raises
+    ------
+    SchemaError
+        When a field has too many different texts for a category.
+
+    >>> events = [{"amount": 3, "country": "DE"}, {"amount": 1.5, "country": "FR"}, {"country": "FR"}]
+    >>> schema = Schema({"amount": "numeric", "country": "category"})
+    >>> infer_categories(schema, beam.Create(events), runner="FnApiRunner").fields[1].categories
+    ('FR', 'DE')
+
+    """
+    names = _without_categories(schema)
+    if not names:
+        return schema
+    known = replace(roles or Roles(), only=tuple(names), kinds=dict.fromkeys(names, "category"))
+    seen = json.loads(_look(source, known, folder, options, runner)["fields"])
+    return Schema(
+        [
+            replace(one, categories=_categories_of(one.name, seen[one.name][2], one.max_categories))
+            if one.name in seen and one.name in names
+            else one
+            for one in schema.fields
+        ],
+        unknown=schema.unknown,
+    )
+
+
+def check_categories(schema: Schema) -> None:
+    """Refuse a schema with a category field that names no category, for transforms that cannot look for them.
+
+    Raises
+    ------
+    ValueError
+        When there is such a field: every value of it would be `other`.
+
+    """
+    for name in _without_categories(schema):
+        raise ValueError(
+            f"field {name!r} is a category of which no value is known, so every one would be `other`: declare them by "
+            f"Field({name!r}, 'category', (...)); infer_categories finds them in a source"
+        )
+
+
+def _without_categories(schema: Schema) -> list[str]:
+    return [one.name for one in schema.fields if one.kind == "category" and not one.categories]
+
+
+def _look(
+    source: Source, roles: Roles | None, folder: str | None, options: PipelineOptions | None, runner: Any
+) -> dict[str, bytes]:
+    """Read the events once; return what is seen of the `fields`, as JSON, and the first `reason` of a rejection."""
     known = untimed(roles)
 
     def build(pipeline: beam.Pipeline) -> list[beam.PCollection]:
@@ -171,15 +253,7 @@ def infer_schema(
         ]
 
     with working_folder(folder) as place:
-        found = hand_over(build, ["fields", "reason"], place, options=options, runner=runner)
-    fields = json.loads(found["fields"])
-    if not fields and "reason" in found:
-        raise SchemaError(
-            "no field could be inferred: all events were rejected, the first of the reasons being: "
-            + found["reason"].decode()
-        )
-    declared = {} if roles is None else roles.kinds
-    return _schema_of(fields, declared, max_categories)
+        return hand_over(build, ["fields", "reason"], place, options=options, runner=runner)
 
 
 # By name: the least position in an event, how many values of each kind, and how often each text comes (None: too many).
@@ -315,16 +389,20 @@ def _schema_of(fields: Mapping[str, Any], declared: Mapping[str, Any], max_categ
                     "are rejected one by one; or leave it out by a role"
                 )
             kind = next(iter(kinds), "numeric")
-        if kind == "category" and labels is None:
-            raise SchemaError(
-                f"field {name!r} has more than {MOST_LABELS:,} different texts, so it is an id or free text: leave it "
-                "out by a role, or declare its categories in a schema"
-            )
-        frequent = sorted(labels, key=lambda label: (-labels[label], label))[:max_categories]
-        made.append(Field(name, kind, tuple(frequent) if kind == "category" else (), max_categories))
+        categories = _categories_of(name, labels, max_categories) if kind == "category" else ()
+        made.append(Field(name, kind, categories, max_categories))
     if not made:
         raise SchemaError("no field could be inferred: the source has no event, or all its fields are excluded")
     return Schema(made)
+
+
+def _categories_of(name: str, labels: Mapping[str, int] | None, max_categories: int) -> tuple[str, ...]:
+    if labels is None:
+        raise SchemaError(
+            f"field {name!r} has more than {MOST_LABELS:,} different texts, so it is an id or free text: leave it "
+            "out by a role, or declare its categories in a schema"
+        )
+    return tuple(sorted(labels, key=lambda label: (-labels[label], label))[:max_categories])
 
 
 class EncodeEvents(beam.DoFn):

@@ -10,7 +10,6 @@ from typing import Any
 from urllib.parse import quote
 
 import apache_beam as beam
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from apache_beam.io.filebasedsink import FileBasedSink
@@ -20,6 +19,7 @@ from apache_beam.ml.inference.base import PredictionResult
 
 from stream_em.beam.events import RejectedEvent
 from stream_em.beam.storage import write_file
+from stream_em.plain import plain
 from stream_em.store import Learner, to_bytes
 
 # Names of files may have 255 bytes, and some tools put more before or after them.
@@ -244,8 +244,4 @@ def _as_text(time: float) -> str:
 
 
 def _as_json(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, default=_plain, ensure_ascii=False)
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else str(value)
+    return json.dumps(plain(row), ensure_ascii=False, allow_nan=False)

@@ -19,7 +19,7 @@ from stream_em.columns import Roles
 from stream_em.families import automatic_family
 from stream_em.learners import BatchEM
 from stream_em.models import Mixture
-from stream_em.schema import Kind, Schema
+from stream_em.schema import Field, Kind, Schema
 from stream_em.store import to_bytes
 
 _Covariances = Literal["full", "tied", "diag", "spherical"]
@@ -33,7 +33,7 @@ class YamlRefit(beam.PTransform):
     snapshot
         File of the snapshot, on any file system that Beam knows.
     fields
-        Kind of every field of the model; what else is in a row is left out.
+        Kind of every field of the model, or the list of its categories; what else is in a row is left out.
     n_components
         Number of components.
     iterations
@@ -60,7 +60,7 @@ class YamlRefit(beam.PTransform):
     def __init__(
         self,
         snapshot: str,
-        fields: Mapping[str, Kind],
+        fields: Mapping[str, Kind | list[str]],
         *,
         n_components: int = 8,
         iterations: int = 10,
@@ -71,7 +71,7 @@ class YamlRefit(beam.PTransform):
     ) -> None:
         super().__init__()
         self.snapshot = snapshot
-        schema, roles = Schema(fields), Roles(weight=weight, only=tuple(fields))
+        schema, roles = _schema(fields), Roles(weight=weight, only=tuple(fields))
         self.refit = Refit(
             _mixture(schema, n_components, covariance_type),
             schema=schema,
@@ -106,7 +106,7 @@ class YamlRefitPerKey(beam.PTransform):
         self,
         key: str,
         folder: str,
-        fields: Mapping[str, Kind],
+        fields: Mapping[str, Kind | list[str]],
         *,
         n_components: int = 2,
         covariance_type: _Covariances = "full",
@@ -116,7 +116,7 @@ class YamlRefitPerKey(beam.PTransform):
     ) -> None:
         super().__init__()
         self.folder = folder
-        schema = Schema(fields)
+        schema = _schema(fields)
         self.refit = RefitPerKey(
             _mixture(schema, n_components, covariance_type),
             schema=schema,
@@ -177,6 +177,17 @@ class _Save(beam.DoFn):
         for component in learner.describe():
             text = ", ".join(f"{field.name} {field.text}" for field in component.fields)
             yield beam.Row(component=int(component.id), weight=float(component.weight), description=text)
+
+
+def _schema(fields: Mapping[str, Kind | list[str]]) -> Schema:
+    return Schema(
+        [
+            Field(name, "category", tuple(kind), max_categories=len(kind))
+            if isinstance(kind, list)
+            else Field(name, kind)
+            for name, kind in fields.items()
+        ]
+    )
 
 
 def _mixture(schema: Schema, n_components: int, covariance_type: _Covariances) -> Mixture:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import apache_beam as beam
 import numpy as np
@@ -26,7 +27,7 @@ from stream_em.beam.survey import infer_schema
 from stream_em.beam.writing import WriteRejected
 from stream_em.cli.build import make_model, make_schema, make_source
 from stream_em.cli.checkpoints import refuse_unfinished_run
-from stream_em.cli.common import draw_learner, load_plots, tell_fields
+from stream_em.cli.common import DataError, draw_learner, load_plots, tell_fields
 from stream_em.cli.config import Config, ConfigError, SourceSection, load_config
 from stream_em.cli.display import component_table, say
 from stream_em.columns import Roles, seconds_of
@@ -46,14 +47,17 @@ class JobOptions(PipelineOptions):
     def _add_argparse_args(cls, parser: Any) -> None:
         parser.add_argument("--config", metavar="FILE", help="YAML file that describes the job, as for stream-em run")
         parser.add_argument(
-            "--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the YAML file; can be repeated"
+            "--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="keys of the YAML file"
         )
         parser.add_argument("--key", metavar="COLUMN", help="column whose every value gets a model of its own")
         parser.add_argument("--initial", metavar="FILE", help="snapshot that every model starts from, as of a refit")
 
 
-def read_job(argv: Sequence[str] | None) -> tuple[JobOptions, Config]:
-    """Return the options of a pipeline and the configuration that they name.
+_Options = TypeVar("_Options", bound=JobOptions)
+
+
+def read_job(argv: Sequence[str] | None, kind: type[_Options]) -> tuple[_Options, Config]:
+    """Return the options of a pipeline, of its own kind, and the configuration that they name.
 
     Raises
     ------
@@ -61,7 +65,8 @@ def read_job(argv: Sequence[str] | None) -> tuple[JobOptions, Config]:
         When there is no configuration, or it cannot be used.
 
     """
-    job = embedded_by_default(PipelineOptions(argv)).view_as(JobOptions)
+    job = kind(argv)
+    embedded_by_default(job)
     if job.config is None:
         raise ConfigError("--config FILE is needed: the YAML file that describes the job")
     return job, load_config(job.config, job.set)
@@ -85,13 +90,34 @@ def remove_outputs(folder: str, *patterns: str) -> None:
             FileSystems.delete([file.path for file in found.metadata_list])
 
 
-def report(pipeline: beam.Pipeline, folder: str) -> None:
-    """Say how many events a pipeline that has ended has used and rejected, and where its output is."""
+def report(pipeline: beam.Pipeline, folder: str, *rejected: str) -> None:
+    """Say how many events a pipeline that has ended has used and rejected, and where its output is.
+
+    Raises
+    ------
+    DataError
+        When it could use none of them; what the names of the files of `rejected` events begin with tells the reason.
+
+    """
     totals: Counter[str] = Counter()
     for counter in pipeline.result.metrics().query(MetricsFilter().with_namespace(NAMESPACE))["counters"]:
         totals[counter.key.metric.name] += counter.result
     console = Console()
     say(console, f"{totals['events']:,} events used, {totals['rejected']:,} rejected; wrote to {folder}", "bold")
+    reason = _first_reason([FileSystems.join(folder, f"{name}-*.jsonl") for name in rejected])
+    if reason is not None:
+        # An engine that counts nothing does not tell that nothing was used.
+        if totals and not totals["events"]:
+            raise DataError(f"no event could be used, the first of the reasons being: {reason}")
+        say(console, f"the first that could not be used: {reason}", "yellow")
+
+
+def _first_reason(patterns: list[str]) -> str | None:
+    for found in FileSystems.match(patterns):
+        for file in found.metadata_list:
+            with FileSystems.open(file.path) as stream:
+                return str(json.loads(stream.readline())["reason"])
+    return None
 
 
 class ReadChunks(beam.PTransform):
@@ -114,11 +140,13 @@ class _Chunks(beam.DoFn):
     def __init__(self, section: SourceSection, kinds: Mapping[str, str]) -> None:
         self.section = section
         self.kinds = kinds
+        self._rejected = Metrics.counter(NAMESPACE, "rejected")
 
     def process(self, _: None) -> Iterator[Any]:
         for chunk in make_source(self.section, fields=self.kinds).chunks(65_536):
             for rejection in chunk.rejected:
                 event = rejection.event if isinstance(rejection.event, Mapping) else None
+                self._rejected.inc()
                 yield beam.pvalue.TaggedOutput(REJECTED, RejectedEvent(event, str(rejection)))
             if len(chunk):
                 yield chunk.rows

@@ -129,7 +129,7 @@ def encode(
 
 def _use_them(unknown: Sequence[str]) -> str:
     """How a job can use events with these unknown fields."""
-    return f"to use such events, set source.exclude=[{', '.join(unknown)}] or schema.unknown=ignore"
+    return f"to use such events, add {', '.join(unknown)} to source.exclude, or set schema.unknown=ignore"
 
 
 def explain(
@@ -283,8 +283,7 @@ def report(console: Console, learner: OnlineEM | BatchEM, quarantine: Quarantine
         )
     for field in _likely_ids(learner):
         told = f"nearly every value is none of the {field.max_categories} that are kept; is it an id?"
-        remedy = f"source.exclude=[{field.name}] keeps it from the model"
-        say(console, f"field {field.name!r}: {told} {remedy}", "yellow")
+        say(console, f"field {field.name!r}: {told} source.exclude, with it added, keeps it from the model", "yellow")
 
 
 def _likely_ids(learner: OnlineEM | BatchEM) -> list[Field]:

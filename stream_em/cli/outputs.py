@@ -6,7 +6,6 @@ import base64
 import glob
 import hashlib
 import json
-import math
 import os
 import sys
 from abc import ABC, abstractmethod
@@ -24,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stream_em.cli.segments import SegmentedParquet
+from stream_em.plain import plain
 from stream_em.schema import Schema
 from stream_em.sources import Chunk, Rejection, SourceError
 
@@ -619,16 +619,3 @@ _ARROW_TYPE = {
     "flag": pa.bool_(),
     "category": pa.string(),
 }
-
-
-def plain(value: Any) -> Any:
-    """The same value with everything that JSON has no form for turned into text."""
-    if isinstance(value, dict):
-        return {str(key): plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(inner) for inner in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else repr(value)
-    if value is None or isinstance(value, (str, int, bool)):
-        return value
-    return value.item() if isinstance(value, np.generic) else str(value)

@@ -11,8 +11,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from stream_em.cli.outputs import Committed, OutputError, ScoredRows, plain
+from stream_em.cli.outputs import Committed, OutputError, ScoredRows
 from stream_em.kafka import TopicWriter, messages_since
+from stream_em.plain import plain
 from stream_em.sources import Chunk, SourceError
 
 # Header of each message: the run that has sent it, and partition and number of the event.

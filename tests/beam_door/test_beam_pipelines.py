@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +18,8 @@ import yaml
 
 from pipelines import cluster_events, refit, refit_per_key, score
 from stream_em import BatchEM, Gaussian, Mixture, NotFittedError, Schema, SnapshotError, load
-from stream_em.beam import WriteSnapshots
+from stream_em.beam import RejectedEvent, WriteRejected, WriteSnapshots
+from stream_em.cli.common import DataError
 from stream_em.cli.config import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -96,6 +98,19 @@ def test_what_cannot_be_read_or_used_is_kept_with_the_reason(job: Callable[..., 
 def test_no_event_that_can_be_used(job: Callable[..., list[str]]) -> None:
     with pytest.raises(NotFittedError, match=r"all 600 were rejected.*no column 'price'"):
         refit.run(job(schema__fields="{price: numeric}"))
+    with pytest.raises(DataError, match=r"no event could be used, the first of the reasons.*has no column 'area'"):
+        refit_per_key.run(job("--key", "area"))
+
+
+def test_declared_categories_are_those_of_the_events(job: Callable[..., list[str]]) -> None:
+    pq.write_table(payments().append_column("day", [[number % 2 for number in range(600)]]), "days.parquet")
+    sets = {"schema__fields": "{amount: numeric, shop: category}", "source__path": "days.parquet"}
+    refit.run(job(**sets, source__exclude="[hour, day]"))
+    refit_per_key.run(job("--key", "day", **sets, source__exclude="[hour]", model__n_components="1"))
+    for path in ("output/model.arrow", *map(str, Path("output/models").glob("*/last.arrow"))):
+        schema = load(path).schema
+        assert schema is not None
+        assert set(schema.fields[1].categories) == {"shop 0", "shop 1", "shop 2"}
 
 
 def test_refit_per_key(job: Callable[..., list[str]]) -> None:
@@ -111,6 +126,24 @@ def test_refit_per_key(job: Callable[..., list[str]]) -> None:
     (rejected,) = rows_of("output/quarantine-0*.jsonl")
     assert "tiny" in rejected["reason"]
     assert not Path("output/models/tiny").exists()
+
+
+def test_what_cannot_be_read_lies_beside_what_cannot_be_used(
+    job: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [json.dumps({"x": float(number % 9), "shop": "ab"[number % 2]}) for number in range(40)]
+    lines[7], lines[30] = "no event", '{"x": 1.0, "shop": "c"}'
+    Path("events.jsonl").write_text("\n".join(lines))
+    for limit in ({}, {"source__limit": "40"}):
+        arguments = job(
+            "--key", "shop", source__path="events.jsonl", source__exclude="[]", source__time="null", **limit
+        )
+        refit_per_key.run(arguments)
+        (unreadable,) = rows_of("output/unreadable-quarantine-*.jsonl")
+        (unusable,) = rows_of("output/quarantine-*.jsonl")
+        assert "does not parse" in unreadable["reason"]
+        assert "key 'c' has 1 events" in unusable["reason"]
+        assert "38 events used, 2 rejected" in capsys.readouterr().out
 
 
 def test_cluster_events_by_key_and_from_a_refit(job: Callable[..., list[str]]) -> None:
@@ -217,10 +250,45 @@ def test_a_snapshot_of_another_schema_rejects_every_event(job: Callable[..., lis
     from stream_em import save
 
     save(BatchEM(Mixture(Gaussian(), 1), schema=Schema({"price": "numeric"})).fit([{"price": 1.0}]), "other.arrow")
-    score.run(job("--snapshot", "other.arrow"))
+    with pytest.raises(DataError, match=r"no event could be used.*'price'"):
+        score.run(job("--snapshot", "other.arrow"))
     rejected = rows_of("output/quarantine-*.jsonl")
     assert sum(row["n_events"] for row in rejected) == 600
     assert all("'price'" in row["reason"] for row in rejected)
+
+
+def test_columns_that_the_model_does_not_know_are_carried_into_the_scores(job: Callable[..., list[str]]) -> None:
+    refit.run(job(learner__max_iter="1"))
+    pq.write_table(payments(30).append_column("note", [["n"] * 30]), "noted.parquet")
+    score.run(job("--snapshot", "output/model.arrow", source__path="noted.parquet"))
+    (scored,) = Path("output").glob("scored-*.parquet")
+    assert pq.read_table(scored).column_names == ["amount", "hour", "shop", "at", "note", "component", "log_prob"]
+
+
+def test_numbers_that_json_has_no_name_for_are_text_in_the_quarantine(tmp_path: Path) -> None:
+    rejected = RejectedEvent({"x": float("inf"), "y": [np.float64("nan"), 1.0]}, "of no use")
+    with beam.Pipeline("FnApiRunner") as pipeline:
+        _ = pipeline | beam.Create([rejected]) | WriteRejected(str(tmp_path))
+    ((line,),) = (file.read_text().splitlines() for file in tmp_path.iterdir())
+    assert json.loads(line, parse_constant=pytest.fail)["event"] == {"x": "inf", "y": ["nan", 1.0]}
+
+
+@pytest.mark.parametrize("pipeline", [refit, refit_per_key, score, cluster_events])
+def test_help_names_the_options(pipeline: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        pipeline.run(["--help"])
+    told = capsys.readouterr().out
+    assert {"--config", "--set", "--key", "--initial"} < set(told.replace(",", " ").split())
+    assert ("--snapshot" in told.split()) == (pipeline is score)
+
+
+def test_an_initial_model_that_may_grow_is_refused(job: Callable[..., list[str]]) -> None:
+    from stream_em import save
+
+    schema = Schema({"amount": "numeric", "hour": "numeric"}, unknown="add")
+    save(BatchEM(Mixture(Gaussian(), 1), schema=schema).fit(payments().select(["amount", "hour"])), "grows.arrow")
+    with pytest.raises(ConfigError, match='unknown="add"'):
+        cluster_events.run(job("--initial", "grows.arrow"))
 
 
 @pytest.mark.slow

@@ -24,11 +24,12 @@ from stream_em import (
     Mixture,
     MixtureParameters,
     NotFittedError,
+    Product,
     Schema,
     SchemaError,
     load,
 )
-from stream_em.beam import Refit, RefitError, RejectedEvent, infer_schema
+from stream_em.beam import Refit, RefitError, RefitPerKey, RejectedEvent, infer_categories, infer_schema
 from stream_em.beam.expectation import EventCounts
 from stream_em.columns import Roles
 from stream_em.seeding import Reservoir
@@ -454,6 +455,33 @@ def test_roles_and_declared_kinds_are_heeded() -> None:
     assert found.learner.schema is not None
     assert found.learner.schema.names == ("x",)
     assert found.counts == EventCounts(5)
+
+
+DECLARED = Schema({"x": "numeric", "shop": Field("shop", "category", max_categories=2), "land": "category"})
+
+
+def test_categories_of_declared_fields_are_found_in_the_events() -> None:
+    events = [{"x": float(number % 7), "shop": "caab"[number % 4], "land": None, "id": number} for number in range(40)]
+    roles = Roles(exclude=("id",))
+    found = infer_categories(DECLARED, beam.Create(events), roles=roles, runner=RUNNER)
+    assert [one.categories for one in found.fields] == [(), ("a", "b"), ()]
+    assert [one.kind for one in found.fields] == ["numeric", "category", "category"]
+
+    model = Mixture(Product({}, others="full"), 2)
+    fitted = Refit(model, schema=DECLARED, roles=roles).run(beam.Create(events), runner=RUNNER).learner
+    assert fitted.schema == found
+    known = [{name: value for name, value in event.items() if name != "id"} for event in events]
+    expected = BatchEM(model, schema=found, initial_parameters=fitted.parameters, max_iter=1).fit(known)
+    np.testing.assert_allclose(expected.log_prob(known), fitted.log_prob(known), rtol=1e-2)
+    assert {text for one in fitted.describe() for text in (f.text for f in one.fields) if "other 100%" in text} == set()
+
+
+def test_what_cannot_look_for_categories_refuses_a_field_without_any() -> None:
+    model = Mixture(Product({}, others="full"), 2)
+    with pytest.raises(ValueError, match="field 'shop' is a category of which no value is known"):
+        Refit(model, schema=DECLARED, unrolled=2)
+    with pytest.raises(ValueError, match="infer_categories finds them in a source"):
+        RefitPerKey(model, schema=DECLARED)
 
 
 def test_many_columns_of_an_array_keep_their_order() -> None:

@@ -457,7 +457,7 @@ class TestNewFields:
         done = stream_em("run", "job.yaml", cwd=job)
         assert "400 events could not be used" in done.stdout
         assert (
-            "y: no field of the schema: to use such events, set source.exclude=[y] or schema.unknown=ignore (exp"
+            "y: no field of the schema: to use such events, add y to source.exclude, or set schema.unknown=ignore (exp"
             in done.stdout
         )
         assert load(job / "output" / "model.arrow").n_events == 600
@@ -556,7 +556,7 @@ class TestBadInput:
                 ["run", "job.yaml", "schema.unknown=refuse", "schema.fields={x: numeric, y: numeric, ok: flag}"],
                 1,
                 "events.parquet: has columns that are no field of the schema: 'country', 'items'; to use such events, "
-                "set source.exclude=[country, items] or schema.unknown=ignore",
+                "add country, items to source.exclude, or set schema.unknown=ignore",
             ),
             (
                 ["run", "job.yaml", "source.exclude=[id]", "source.path=scored.parquet"],
