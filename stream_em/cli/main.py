@@ -301,8 +301,9 @@ def score(
 ) -> None:
     """Score events with a learned model, without learning from them.
 
-    Columns that the model does not know are carried along. Events that cannot be used go to quarantine.jsonl in the
-    folder of the scored ones. The keys are those that stream-em run --help lists under source and output.
+    Columns that the model does not know are carried along. Events that cannot be used go to again-quarantine.jsonl
+    beside again.parquet, where that is --output, else to the job's quarantine. The keys are those that stream-em run
+    --help lists under source and output.
     """
     read = [Path(source)] if _is_config(source) else []
     _leave(jobs.score(snapshot, _score_config(source, overrides or [], output), Console(), read=read))
@@ -407,7 +408,7 @@ def _global(
 
 
 def _score_config(source: str, overrides: list[str], output: Path | None) -> Config:
-    changes = [*overrides, *([] if output is None else _chosen(output))]
+    changes = [*([] if output is None else _chosen(output)), *overrides]
     if _is_config(source):
         config = load_config(source, changes)
     else:
@@ -428,7 +429,12 @@ def _chosen(output: Path) -> list[str]:
         raise ConfigError(f"--output {output}: scores are written as Parquet; end its name in .parquet")
     # As YAML strings in quotes, since a name may look like something else.
     folder, name = (str(part).replace("'", "''") for part in (output.parent, output.name))
-    return [f"output.folder='{folder}'", f"output.scored_events='{name}'"]
+    # Of its own name: beside the scores of a run lies the quarantine of that run.
+    return [
+        f"output.quarantine='{Path(name).stem}-quarantine.jsonl'",
+        f"output.folder='{folder}'",
+        f"output.scored_events='{name}'",
+    ]
 
 
 def _leave(stopped_by: Signals | None) -> None:

@@ -194,6 +194,11 @@ def only_writer(path: Path) -> Iterator[None]:
         file.discard()
 
 
+def was_killed(path: Path) -> bool:
+    """Whether who wrote this file last was killed, and left it pending."""
+    return _pending_name(path).exists()
+
+
 def _pending_name(path: Path) -> Path:
     return path.with_name(f".pending-{path.name}")
 

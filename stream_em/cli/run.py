@@ -39,7 +39,7 @@ from stream_em.cli.common import (
 from stream_em.cli.config import Config
 from stream_em.cli.display import Progress, say
 from stream_em.cli.history import History
-from stream_em.cli.outputs import Output, Quarantine, ScoreSink, only_writer
+from stream_em.cli.outputs import Output, Quarantine, ScoreSink, only_writer, was_killed
 from stream_em.cli.ranking import LabelledRanking
 from stream_em.cli.scored_topic import ScoredTopic
 from stream_em.cli.stopping import StopRequest, signal_name
@@ -153,6 +153,14 @@ class _Run:
             if self._fresh:
                 forget_unfinished_run(path)
             checkpoint = unfinished_run(path)
+        output = self._config.output
+        if checkpoint is None and not self._fresh and was_killed(self._folder / output.quarantine):
+            say(
+                self._console,
+                "the run before was killed before its first checkpoint, which comes after output.checkpoint_every="
+                f"{output.checkpoint_every:,} events: starting at the first event again",
+                "yellow",
+            )
         if path is not None and checkpoint is not None:
             check_same_job(checkpoint, self._config, path)
             self._can_go_on = True

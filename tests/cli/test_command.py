@@ -533,6 +533,11 @@ class TestBadInput:
                 2,
                 "model.n_component: no such key; did you mean 'n_components'?",
             ),
+            (
+                ["run", "job.yaml", "learner.schedule.half_life=3600"],
+                2,
+                "learner.schedule.half_life: no such key of this kind; set learner.schedule.kind as well",
+            ),
             (["run", "nowhere.yaml"], 2, "nowhere.yaml: No such file"),
             (["run", "job.yaml", "model.family=gaussian"], 2, "'country' is of kind 'category'"),
             (
@@ -760,6 +765,12 @@ class TestSnapshots:
         assert path.read_bytes() == before
         keys = [folder / "events.parquet", "source.exclude=[id, fraud]"]
         stream_em("score", snapshot, *keys, cwd=tmp_path)
+        quarantined = (folder / "output" / "quarantine.jsonl").stat()
+        stream_em("score", snapshot, *keys, "-o", folder / "output" / "again.parquet", cwd=tmp_path)
+        assert (folder / "output" / "quarantine.jsonl").stat() == quarantined
+        assert (folder / "output" / "again-quarantine.jsonl").read_text() == ""
+        for name in ("again.parquet", "again-quarantine.jsonl"):
+            (folder / "output" / name).unlink()
         assert "scored.parquet: is there already" in stream_em("score", snapshot, *keys, cwd=tmp_path, code=2).stderr
         again = stream_em("score", snapshot, *keys, "-o", "scored.parquet", cwd=tmp_path)
         assert "wrote scored.parquet" in again.stdout

@@ -105,6 +105,22 @@ class TestKilled:
         assert n_resumed > 10
         assert n_ended > 3
 
+    def test_before_the_first_checkpoint_it_starts_again_and_says_so(self, stream_em, tmp_path):
+        write_job(tmp_path, output={"checkpoint_every": 800})
+        calls = undisturbed(stream_em, tmp_path).calls
+        told = "killed before its first checkpoint, which comes after output.checkpoint_every=800 events"
+        first = next(
+            call for call in range(1, calls) if "going on" in self._killed_and_again(stream_em, tmp_path, call)
+        )
+        assert told in self._killed_and_again(stream_em, tmp_path, first - 1)
+        assert told not in stream_em("run", "job.yaml", cwd=tmp_path).text
+
+    @staticmethod
+    def _killed_and_again(stream_em, tmp_path, call):
+        shutil.rmtree(tmp_path / "output", ignore_errors=True)
+        assert stream_em("run", "job.yaml", cwd=tmp_path, at_call=call).killed
+        return stream_em("run", "job.yaml", cwd=tmp_path).text
+
     @pytest.mark.slow
     def test_at_every_call_that_touches_a_file_and_left_alone_then(self, stream_em, tmp_path):
         write_job(tmp_path, "parquet", output={"checkpoint_every": 800})
