@@ -93,7 +93,7 @@ $(PRISM):
 .PHONY: kafka-jars test-kafka
 
 test-kafka: $(READY) kafka-jars  ## run the tests of Kafka against a real Kafka broker
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -rs tests/test_kafka.py tests/cli/test_kafka_run.py tests/beam_door/test_beam_kafka.py
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -rs -m kafka tests/test_kafka.py tests/cli/test_kafka_run.py tests/beam_door/test_beam_kafka.py
 
 kafka-jars: .jars/kafka/.ready
 

@@ -19,6 +19,15 @@ settings.register_profile("thorough", parent=settings.get_profile("default"), de
 settings.load_profile("default")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what runs on a real Kafka broker, so that -m finds it."""
+    for item in items:
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if "broker" in (*getattr(item, "fixturenames", ()), *(one for one in parameters if isinstance(one, str))):
+            item.add_marker("kafka")
+
+
 @pytest.fixture(scope="module")
 def mock() -> Iterator[Any]:
     """The Kafka cluster that librdkafka keeps."""
