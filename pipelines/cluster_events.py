@@ -14,6 +14,7 @@ from typing import Any
 
 import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
+from apache_beam.options.pipeline_options import PipelineOptions
 
 from stream_em import Schema, load
 from stream_em.beam.expectation import REJECTED
@@ -22,12 +23,13 @@ from stream_em.beam.online import GlobalUpdate, OnlineUpdate, ScoredEvent
 from stream_em.beam.writing import WriteJsonLines, WriteRejected, WriteSnapshots
 from stream_em.cli.beam_jobs import (
     AsEvents,
-    JobOptions,
+    KeyedOptions,
     apart,
     keeping_key,
     known_schema,
     make_read,
     make_roles,
+    options_refused,
     read_job,
     remove_outputs,
     report,
@@ -40,7 +42,7 @@ from stream_em.columns import Roles
 from stream_em.store import Learner
 
 
-class ClusterOptions(JobOptions):
+class ClusterOptions(KeyedOptions, PipelineOptions):
     """Options of the online models."""
 
     @classmethod
@@ -67,10 +69,8 @@ def run(argv: Sequence[str] | None = None) -> None:
         raise ConfigError("--topic NAME is needed with --kafka: the topic to read; it can be repeated")
     initial = None if options.initial is None else load(options.initial)
     schema = known_schema(config, roles, options) if options.key is not None and initial is None else None
-    try:
+    with options_refused():
         update = _update(options, config, roles, initial, schema)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     names = stem(output.scored_events, "scored"), stem(output.quarantine)
     remove_outputs(output.folder, *(f"{name}-*.jsonl" for name in names))
     with beam.Pipeline(options=options) as pipeline:

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from apache_beam.options.pipeline_options import PipelineOptions
 from rich.console import Console
 
 from stream_em.cli.beam_jobs import JobOptions, read_job, refit
 from stream_em.cli.main import run_program
 
 
-class RefitOptions(JobOptions):
+class RefitOptions(JobOptions, PipelineOptions):
     """Options of the refit."""
 
     @classmethod

@@ -19,11 +19,12 @@ from stream_em.beam.per_key import RefitPerKey
 from stream_em.beam.survey import infer_categories
 from stream_em.beam.writing import WriteRejected, WriteSnapshots
 from stream_em.cli.beam_jobs import (
-    JobOptions,
+    KeyedOptions,
     keeping_key,
     known_schema,
     make_read,
     make_roles,
+    options_refused,
     read_job,
     remove_outputs,
     report,
@@ -36,7 +37,7 @@ from stream_em.cli.main import run_program
 
 def run(argv: Sequence[str] | None = None) -> None:
     """Read the options, fit the models, and write their snapshots."""
-    options, config = read_job(argv, JobOptions)
+    options, config = read_job(argv, KeyedOptions)
     if options.key is None:
         raise ConfigError("--key COLUMN is needed: the column whose every value gets a model of its own")
     config = keeping_key(config, options.key)
@@ -46,18 +47,19 @@ def run(argv: Sequence[str] | None = None) -> None:
     schema = None if start is None else start.schema
     if schema is None:
         schema = infer_categories(known_schema(config, roles, options), make_read(config), roles=roles, options=options)
-    refit = RefitPerKey(
-        make_model(config.model, schema) if start is None else start.model,
-        schema=schema,
-        key=options.key,
-        roles=roles,
-        max_iter=section.max_iter,
-        tol=section.tol,
-        n_init=section.n_init,
-        initial_parameters=None if start is None else start.parameters,
-        seed=section.seed,
-        rejected_to=WriteRejected(output.folder, names[0]),
-    )
+    with options_refused():
+        refit = RefitPerKey(
+            make_model(config.model, schema) if start is None else start.model,
+            schema=schema,
+            key=options.key,
+            roles=roles,
+            max_iter=section.max_iter,
+            tol=section.tol,
+            n_init=section.n_init,
+            initial_parameters=None if start is None else start.parameters,
+            seed=section.seed,
+            rejected_to=WriteRejected(output.folder, names[0]),
+        )
     remove_outputs(output.folder, *(f"{name}-*.jsonl" for name in names), "models/*/last.arrow")
     with beam.Pipeline(options=options) as pipeline:
         events, unreadable = pipeline | make_read(config, keep=[options.key])

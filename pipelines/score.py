@@ -16,18 +16,20 @@ from typing import Any
 
 import apache_beam as beam
 from apache_beam.ml.inference.base import RunInference
+from apache_beam.options.pipeline_options import PipelineOptions
 
 from stream_em.beam.expectation import REJECTED
 from stream_em.beam.serving import MixtureModelHandler, SplitRejected
 from stream_em.beam.storage import read_file
 from stream_em.beam.writing import WriteRejected, WriteTables, scored_table
 from stream_em.cli.beam_jobs import JobOptions, apart, make_read, make_roles, read_job, remove_outputs, report, stem
+from stream_em.cli.common import scoring
 from stream_em.cli.config import ConfigError
 from stream_em.cli.main import run_program
 from stream_em.store import from_bytes
 
 
-class ScoreOptions(JobOptions):
+class ScoreOptions(JobOptions, PipelineOptions):
     """Options of the scoring."""
 
     @classmethod
@@ -43,7 +45,9 @@ def run(argv: Sequence[str] | None = None) -> None:
         raise ConfigError("--snapshot FILE is needed: the model that scores the events")
     # To learn in each worker that it is no snapshot would be too late.
     schema = from_bytes(read_file(snapshot), source=snapshot).schema
-    # What else the events have is carried into what is written, as `stream-em score` does.
+    if schema is not None:
+        config = scoring(config, schema, snapshot)
+    # What the events have beside the fields of the model is carried into what is written.
     roles = replace(make_roles(config), only=None if schema is None else schema.names)
     handler = MixtureModelHandler(snapshot, roles=roles)
     as_table = partial(scored_table, prefix=output.prefix, responsibilities=output.responsibilities)

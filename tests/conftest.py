@@ -23,8 +23,7 @@ settings.load_profile("default")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what runs on a real Kafka broker, so that -m finds it."""
     for item in items:
-        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        if "broker" in (*getattr(item, "fixturenames", ()), *(one for one in parameters if isinstance(one, str))):
+        if "broker" in getattr(item, "fixturenames", ()):
             item.add_marker("kafka")
 
 
@@ -49,7 +48,7 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield broker
 
 
-@pytest.fixture(params=["mock", "broker"])
+@pytest.fixture(params=["mock", pytest.param("broker", marks=pytest.mark.kafka)])
 def cluster(request: pytest.FixtureRequest) -> Any:
     """Each of the two in turn."""
     return request.getfixturevalue(request.param)

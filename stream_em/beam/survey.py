@@ -192,7 +192,9 @@ def infer_categories(
     Raises
     ------
     SchemaError
-        When a field has too many different texts for a category.
+        When a field has too many different texts for a category, or no event can be read.
+    ValueError
+        When the events have no end.
 
     >>> events = [{"amount": 3, "country": "DE"}, {"amount": 1.5, "country": "FR"}, {"country": "FR"}]
     >>> schema = Schema({"amount": "numeric", "country": "category"})
@@ -204,7 +206,13 @@ def infer_categories(
     if not names:
         return schema
     known = replace(roles or Roles(), only=tuple(names), kinds=dict.fromkeys(names, "category"))
-    seen = json.loads(_look(source, known, folder, options, runner)["fields"])
+    found = _look(source, known, folder, options, runner)
+    seen = json.loads(found["fields"])
+    if not seen and "reason" in found:
+        raise SchemaError(
+            f"no category of {', '.join(map(repr, names))} could be found: all events were rejected, the first of the "
+            f"reasons being: {found['reason'].decode()}"
+        )
     return Schema(
         [
             replace(one, categories=_categories_of(one.name, seen[one.name][2], one.max_categories))
@@ -228,7 +236,7 @@ def check_categories(schema: Schema) -> None:
     for name in _without_categories(schema):
         raise ValueError(
             f"field {name!r} is a category of which no value is known, so every one would be `other`: declare them by "
-            f"Field({name!r}, 'category', (...)); infer_categories finds them in a source"
+            f"Field({name!r}, 'category', (...)), or leave the field out; infer_categories finds them in a source"
         )
 
 

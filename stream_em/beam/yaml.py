@@ -19,7 +19,7 @@ from stream_em.columns import Roles
 from stream_em.families import automatic_family
 from stream_em.learners import BatchEM
 from stream_em.models import Mixture
-from stream_em.schema import Field, Kind, Schema
+from stream_em.schema import Field, Kind, Schema, SchemaError
 from stream_em.store import to_bytes
 
 _Covariances = Literal["full", "tied", "diag", "spherical"]
@@ -44,6 +44,11 @@ class YamlRefit(beam.PTransform):
         Column with the sample weight of an event.
     n_init, seed
         As of `BatchEM`.
+
+    Raises
+    ------
+    SchemaError
+        When the categories of a field are not listed, or not as text.
 
     >>> import tempfile
     >>> from apache_beam.testing.util import assert_that
@@ -180,14 +185,18 @@ class _Save(beam.DoFn):
 
 
 def _schema(fields: Mapping[str, Kind | list[str]]) -> Schema:
-    return Schema(
-        [
-            Field(name, "category", tuple(kind), max_categories=len(kind))
-            if isinstance(kind, list)
-            else Field(name, kind)
-            for name, kind in fields.items()
-        ]
-    )
+    made = []
+    for name, kind in fields.items():
+        if kind == "category" or kind == []:
+            raise SchemaError(f"field {name!r}: list its categories, {name}: [DE, FR]; no worker knows what others see")
+        if not isinstance(kind, list):
+            made.append(Field(name, kind))
+            continue
+        for category in kind:
+            if not isinstance(category, str):
+                raise SchemaError(f"field {name!r}: got the category {category!r}, expected text; put it in quotes")
+        made.append(Field(name, "category", tuple(kind), max_categories=len(kind)))
+    return Schema(made)
 
 
 def _mixture(schema: Schema, n_components: int, covariance_type: _Covariances) -> Mixture:

@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from apache_beam.metrics import Metrics, MetricsFilter
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 from rich.console import Console
 
-from stream_em import Schema, save
+from stream_em import NotFittedError, Schema, SchemaError, SnapshotError, save
 from stream_em.beam.events import RejectedEvent
 from stream_em.beam.expectation import NAMESPACE, REJECTED
 from stream_em.beam.reading import ReadEvents
@@ -49,8 +50,27 @@ class JobOptions(PipelineOptions):
         parser.add_argument(
             "--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="keys of the YAML file"
         )
+
+
+# Beam takes for its own what PipelineOptions itself is a base of, and warns of all other options.
+class KeyedOptions(JobOptions, PipelineOptions):
+    """Options of the pipelines that have a model for each key, or one that starts from another."""
+
+    @classmethod
+    def _add_argparse_args(cls, parser: Any) -> None:
         parser.add_argument("--key", metavar="COLUMN", help="column whose every value gets a model of its own")
         parser.add_argument("--initial", metavar="FILE", help="snapshot that every model starts from, as of a refit")
+
+
+@contextmanager
+def options_refused() -> Iterator[None]:
+    """Make what a transform refuses of its options an error of the configuration."""
+    try:
+        yield
+    except (SchemaError, SnapshotError, NotFittedError):
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 _Options = TypeVar("_Options", bound=JobOptions)
@@ -103,12 +123,14 @@ def report(pipeline: beam.Pipeline, folder: str, *rejected: str) -> None:
     for counter in pipeline.result.metrics().query(MetricsFilter().with_namespace(NAMESPACE))["counters"]:
         totals[counter.key.metric.name] += counter.result
     console = Console()
-    say(console, f"{totals['events']:,} events used, {totals['rejected']:,} rejected; wrote to {folder}", "bold")
+    counted = f"{totals['events']:,} events used, {totals['rejected']:,} rejected; " if totals else ""
+    say(console, f"{counted}wrote to {folder}", "bold")
     reason = _first_reason([FileSystems.join(folder, f"{name}-*.jsonl") for name in rejected])
+    # An engine that counts nothing does not tell that nothing was used.
+    if totals and not totals["events"]:
+        why = "the source holds none" if reason is None else f"the first of the reasons being: {reason}"
+        raise DataError(f"no event could be used, {why}")
     if reason is not None:
-        # An engine that counts nothing does not tell that nothing was used.
-        if totals and not totals["events"]:
-            raise DataError(f"no event could be used, the first of the reasons being: {reason}")
         say(console, f"the first that could not be used: {reason}", "yellow")
 
 

@@ -69,6 +69,26 @@ def open_job_source(
     return source
 
 
+def scoring(config: Config, schema: Schema, snapshot: str) -> Config:
+    """Return a job's configuration with the fields of the model that is to score its events.
+
+    Raises
+    ------
+    ConfigError
+        When a column that is kept from the model is one of its fields.
+
+    """
+    for key, name in config.source.apart():
+        if name in schema.names:
+            raise ConfigError(
+                f"{key}: {name!r} is a field of the model in {snapshot}, which has learned it; leave the key out, or "
+                "learn a model with it"
+            )
+    kinds = {field.name: field.kind for field in schema.fields}
+    section = config.fields_.model_copy(update={"fields": kinds, "unknown": "refuse"})
+    return config.model_copy(update={"fields_": section})
+
+
 def tell_fields(console: Console, schema: Schema) -> None:
     """Say which fields the model takes from the events, and of what kinds."""
     fields = [f"{one.name} ({one.kind})" for one in schema.fields]
@@ -96,7 +116,12 @@ def _only_grows(events: Rows, name: str) -> bool:
 
 
 def encode(
-    encoder: OnlineEM | BatchEM | Schema, chunk: Chunk, span: slice | None = None, *, learning: bool = True
+    encoder: OnlineEM | BatchEM | Schema,
+    chunk: Chunk,
+    config: Config,
+    span: slice | None = None,
+    *,
+    learning: bool = True,
 ) -> Batch:
     """Encode the events of a chunk, or a span of them; those that cannot be used are left out.
 
@@ -116,7 +141,8 @@ def encode(
         if unknown:
             named = ", ".join(map(repr, unknown))
             raise DataError(
-                f"{chunk.path_of(start)}: has columns that are no field of the schema: {named}; {_use_them(unknown)}"
+                f"{chunk.path_of(start)}: has columns that are no field of the schema: {named}; "
+                + _use_them(unknown, config)
             )
     return encoder.encode(
         events,
@@ -127,9 +153,9 @@ def encode(
     )
 
 
-def _use_them(unknown: Sequence[str]) -> str:
+def _use_them(unknown: Sequence[str], config: Config) -> str:
     """How a job can use events with these unknown fields."""
-    return f"to use such events, add {', '.join(unknown)} to source.exclude, or set schema.unknown=ignore"
+    return f"to use such events, set {config.source.excluding(*unknown)} or schema.unknown=ignore"
 
 
 def explain(
@@ -150,7 +176,7 @@ def _explained(error: EventError, schema: Schema, chunk: Chunk, row: int, config
     if field is not None and column is None and field not in schema.names:
         # How many fields there are, and so how long that is, nobody knows: what to do comes first.
         return chunk.reject(
-            row, field, value, f"no field of the schema: {_use_them([field])} (expected {error.expected})"
+            row, field, value, f"no field of the schema: {_use_them([field], config)} (expected {error.expected})"
         )
     return chunk.reject(row, field, value, f"expected {error.expected}")
 
@@ -267,7 +293,9 @@ def nothing_usable(source: Source, quarantine: Quarantine) -> DataError:
     )
 
 
-def report(console: Console, learner: OnlineEM | BatchEM, quarantine: Quarantine, left_out: Counter[str]) -> None:
+def report(
+    console: Console, learner: OnlineEM | BatchEM, config: Config, quarantine: Quarantine, left_out: Counter[str]
+) -> None:
     """Say what was learned, and what was left out."""
     console.print(component_table(learner))
     if isinstance(learner, OnlineEM) and learner.structure is not None:
@@ -283,7 +311,8 @@ def report(console: Console, learner: OnlineEM | BatchEM, quarantine: Quarantine
         )
     for field in _likely_ids(learner):
         told = f"nearly every value is none of the {field.max_categories} that are kept; is it an id?"
-        say(console, f"field {field.name!r}: {told} source.exclude, with it added, keeps it from the model", "yellow")
+        remedy = f"{config.source.excluding(field.name)} keeps it from the model"
+        say(console, f"field {field.name!r}: {told} {remedy}", "yellow")
 
 
 def _likely_ids(learner: OnlineEM | BatchEM) -> list[Field]:

@@ -496,9 +496,12 @@ def _explanations(
         if kind == "extra_forbidden":
             valid = _keys(section) if section is not None else []
             near = difflib.get_close_matches(keys[-1], valid, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]!r}?" if near else _nearest_path(keys, valid)
             if path in _all_paths():
-                hint = f" of this kind; set {'.'.join(keys[:-1])}.kind as well"
+                hint = f" of this kind; set {'.'.join(keys[:-1])}.kind to one that has it"
+            elif near:
+                hint = f"; did you mean {near[0]!r}?"
+            else:
+                hint = _nearest_path(keys, valid)
             yield f"{place}: {path}: no such key{hint}"
         elif kind in ("missing", "union_tag_not_found"):
             path = f"{path}.kind" if kind == "union_tag_not_found" else path

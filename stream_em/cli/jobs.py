@@ -27,11 +27,12 @@ from stream_em.cli.common import (
     open_scored_events,
     report,
     report_counts,
+    scoring,
     set_aside,
     tell_fields,
     tell_likely_ids,
 )
-from stream_em.cli.config import Config, ConfigError
+from stream_em.cli.config import Config
 from stream_em.cli.display import Progress, say
 from stream_em.cli.outputs import Quarantine, only_writer
 from stream_em.cli.ranking import LabelledRanking
@@ -84,7 +85,7 @@ def fit(config: Config, console: Console, *, read: Sequence[Path] = ()) -> None:
                     set_aside(chunk.rejected, first, config)
                 if not len(chunk):
                     continue
-                batch = encode(schema, chunk)
+                batch = encode(schema, chunk, config)
                 if first is not None:
                     set_aside(explain(batch.rejected, batch.schema, chunk, config), first, config)
                 schema = batch.schema
@@ -109,7 +110,7 @@ def fit(config: Config, console: Console, *, read: Sequence[Path] = ()) -> None:
         if ranking.wanted:
             for chunk in stop.until(source, rows):
                 if len(chunk):
-                    batch = encode(fitted, chunk, learning=False)
+                    batch = encode(fitted, chunk, config, learning=False)
                     ranking.add(chunk.label, accepted_rows(batch), fitted.log_prob(batch))
     n_iterations = len(fitted.history)
     ending = "converged" if fitted.converged else "stopped before it converged: raise learner.max_iter"
@@ -120,7 +121,7 @@ def fit(config: Config, console: Console, *, read: Sequence[Path] = ()) -> None:
         f"mean log-posterior {fitted.history[-1]:.4f}",
         "bold",
     )
-    report(console, fitted, quarantine, Counter())
+    report(console, fitted, config, quarantine, Counter())
     if not stop.requested:
         ranking.report(console, after_warm_up=False)
     list_files(console, written)
@@ -137,15 +138,11 @@ def score(snapshot: Path, config: Config, console: Console, *, read: Sequence[Pa
     learner = load_learner(snapshot)
     if learner.schema is None:
         raise DataError(f"{snapshot}: the model has not seen any event and knows no fields")
-    kinds = {field.name: field.kind for field in learner.schema.fields}
-    for key, name in config.source.apart():
-        if name in kinds:
-            raise ConfigError(
-                f"{key}: {name!r} is a field of the model in {snapshot}, which has learned it; leave the key out, or "
-                "learn a model with it"
-            )
+    config = scoring(config, learner.schema, str(snapshot))
     written = (output.scored_events, output.quarantine)
-    source = open_job_source(config, console, [snapshot, *read], written, fields=kinds, only=learner.schema.names)
+    source = open_job_source(
+        config, console, [snapshot, *read], written, fields=config.fields_.fields, only=learner.schema.names
+    )
     refuse_unfinished_run(config)
     ranking = LabelledRanking(config.source)
     total = 0.0
@@ -159,7 +156,7 @@ def score(snapshot: Path, config: Config, console: Console, *, read: Sequence[Pa
             set_aside(chunk.rejected, quarantine, config)
             if not len(chunk):
                 continue
-            batch = encode(learner, chunk, learning=False)
+            batch = encode(learner, chunk, config, learning=False)
             set_aside(explain(batch.rejected, batch.schema, chunk, config), quarantine, config)
             if batch.n_events:
                 answers = Answers(chunk, responsibilities=output.responsibilities)

@@ -408,7 +408,7 @@ def _global(
 
 
 def _score_config(source: str, overrides: list[str], output: Path | None) -> Config:
-    changes = [*([] if output is None else _chosen(output)), *overrides]
+    changes = overrides if output is None else [_own_quarantine(output), *overrides, *_chosen(output)]
     if _is_config(source):
         config = load_config(source, changes)
     else:
@@ -429,12 +429,13 @@ def _chosen(output: Path) -> list[str]:
         raise ConfigError(f"--output {output}: scores are written as Parquet; end its name in .parquet")
     # As YAML strings in quotes, since a name may look like something else.
     folder, name = (str(part).replace("'", "''") for part in (output.parent, output.name))
-    # Of its own name: beside the scores of a run lies the quarantine of that run.
-    return [
-        f"output.quarantine='{Path(name).stem}-quarantine.jsonl'",
-        f"output.folder='{folder}'",
-        f"output.scored_events='{name}'",
-    ]
+    return [f"output.folder='{folder}'", f"output.scored_events='{name}'"]
+
+
+def _own_quarantine(output: Path) -> str:
+    # Beside the scores of a run lies the quarantine of that run.
+    name = output.stem.replace("'", "''")
+    return f"output.quarantine='{name}-quarantine.jsonl'"
 
 
 def _leave(stopped_by: Signals | None) -> None:

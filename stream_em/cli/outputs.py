@@ -194,8 +194,8 @@ def only_writer(path: Path) -> Iterator[None]:
         file.discard()
 
 
-def was_killed(path: Path) -> bool:
-    """Whether who wrote this file last was killed, and left it pending."""
+def is_pending(path: Path) -> bool:
+    """Whether a job writes this file now, or was killed while it did."""
     return _pending_name(path).exists()
 
 

@@ -39,7 +39,7 @@ from stream_em.cli.common import (
 from stream_em.cli.config import Config
 from stream_em.cli.display import Progress, say
 from stream_em.cli.history import History
-from stream_em.cli.outputs import Output, Quarantine, ScoreSink, only_writer, was_killed
+from stream_em.cli.outputs import Output, Quarantine, ScoreSink, is_pending, only_writer
 from stream_em.cli.ranking import LabelledRanking
 from stream_em.cli.scored_topic import ScoredTopic
 from stream_em.cli.stopping import StopRequest, signal_name
@@ -153,18 +153,17 @@ class _Run:
             if self._fresh:
                 forget_unfinished_run(path)
             checkpoint = unfinished_run(path)
-        output = self._config.output
-        if checkpoint is None and not self._fresh and was_killed(self._folder / output.quarantine):
-            say(
-                self._console,
-                "the run before was killed before its first checkpoint, which comes after output.checkpoint_every="
-                f"{output.checkpoint_every:,} events: starting at the first event again",
-                "yellow",
-            )
         if path is not None and checkpoint is not None:
             check_same_job(checkpoint, self._config, path)
             self._can_go_on = True
             learner = _load(path)
+        elif path is not None and not self._fresh and is_pending(self._folder / self._config.output.quarantine):
+            say(
+                self._console,
+                "a job that wrote to this folder was killed, and left no checkpoint (this one makes the first after "
+                f"{self._checkpoint_every:,} events, see output.checkpoint_every): starting at the first event",
+                "yellow",
+            )
         self._start(checkpoint, learner)
 
     def _start(self, checkpoint: Checkpoint | None, learner: OnlineEM | None) -> None:
@@ -256,7 +255,7 @@ class _Run:
             return
         # At once, unless events may make the schema grow: then each mini-batch must meet it as those before left it.
         grows = learner.schema is None or learner.schema.may_grow
-        whole = None if grows or not len(chunk) else encode(learner, chunk)
+        whole = None if grows or not len(chunk) else encode(learner, chunk, self._config)
         answers = Answers(chunk, responsibilities=self._config.output.responsibilities)
         row = 0
         for one in _mini_batches(learner, chunk, whole, self._config):
@@ -269,7 +268,7 @@ class _Run:
             if stop.requested:
                 break
         if whole is not None:
-            counted = whole if row == len(chunk) else encode(learner, chunk, slice(row))
+            counted = whole if row == len(chunk) else encode(learner, chunk, self._config, slice(row))
             learner.ignored_fields.update(counted.ignored_fields)
         for sink in self._sinks.values():
             answers.write(sink, learner)
@@ -397,7 +396,7 @@ class _Run:
                 "log_prob are null",
             )
         left_out = sum((sink.left_out for sink in self._sinks.values()), Counter[str]())
-        report(console, learner, self._quarantine, left_out)
+        report(console, learner, self._config, self._quarantine, left_out)
         self._ranking.report(console, after_warm_up=True)
         output = self._config.output
         written: list[Path | str] = [sink.name for sink in self._sinks.values()]
@@ -477,7 +476,7 @@ def _mini_batches(learner: OnlineEM, chunk: Chunk, whole: Batch | None, config: 
             rejected.append(unread.popleft())
         batch = None
         if whole is None and start < stop:
-            batch = encode(learner, chunk, slice(start, stop))
+            batch = encode(learner, chunk, config, slice(start, stop))
             rejected += explain(batch.rejected, batch.schema, chunk, config, start)
         elif whole is not None:
             batch = _part(whole, start, stop)

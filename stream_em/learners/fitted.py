@@ -269,6 +269,12 @@ def adapted(batch: Batch, schema: Schema) -> Batch:
     """Return a batch of an earlier or later state of `schema` as `schema` sees it.
 
     Fields that came later are missing; new fields are left out and new categories are `other`.
+
+    Raises
+    ------
+    SchemaError
+        When neither schema descends from the other.
+
     """
     if batch.schema is schema:
         return batch

@@ -36,7 +36,14 @@ def origin_of(parameters: MixtureParameters) -> str:
 
 
 def check_mergeable(first: OnlineEM | BatchEM, second: OnlineEM | BatchEM) -> Schema:
-    """Return the schema of both, or the one of the two whose vocabularies grew beyond the other's."""
+    """Return the schema of both, or the one of the two whose vocabularies grew beyond the other's.
+
+    Raises
+    ------
+    MergeError
+        When the components of the two do not correspond, or one of them has none.
+
+    """
     if type(first) is not type(second):
         raise MergeError(f"a {type(first).__name__} cannot be merged with a {type(second).__name__}")
     if first.model != second.model:

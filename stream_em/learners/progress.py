@@ -6,7 +6,14 @@ from collections.abc import Callable
 
 
 class Progress:
-    """A Rich progress bar, or nothing."""
+    """A Rich progress bar, or nothing.
+
+    Raises
+    ------
+    ImportError
+        When it is to be shown and Rich is not installed.
+
+    """
 
     def __init__(self, shown: bool, total: int) -> None:
         self._shown, self._total = shown, total

@@ -67,7 +67,14 @@ def missing_column(path: str, name: str, names: Sequence[str]) -> str:
 
 
 def check_columns(path: str, names: Sequence[str], roles: Roles) -> None:
-    """Refuse columns of one name, roles of columns that are not there, and a model without any."""
+    """Refuse columns of one name, roles of columns that are not there, and a model without any.
+
+    Raises
+    ------
+    SourceError
+        When there is such a column or role.
+
+    """
     for name in names:
         if list(names).count(name) > 1:
             raise SourceError(f"{path}: has more than one column called {name!r}; rename all but one")

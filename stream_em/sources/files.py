@@ -88,7 +88,14 @@ def find_files(
     format: str,  # noqa: A002
     leave_out: Collection[str | Path],
 ) -> tuple[list[str], list[str]]:
-    """Return the files that paths, folders and patterns stand for, and those of them that are left out."""
+    """Return the files that paths, folders and patterns stand for, and those of them that are left out.
+
+    Raises
+    ------
+    SourceError
+        When one of them stands for nothing.
+
+    """
     paths: list[str] = []
     left_out: list[str] = []
 
@@ -153,7 +160,14 @@ def format_of_name(path: str | Path) -> str | None:
 
 
 def format_of(paths: list[str]) -> str:
-    """Return the one format that the names of all files end in."""
+    """Return the one format that the names of all files end in.
+
+    Raises
+    ------
+    SourceError
+        When a name tells no format, or names tell several.
+
+    """
     formats = {path: format_of_name(path) for path in paths}
     for path, kind in formats.items():
         if kind is None:

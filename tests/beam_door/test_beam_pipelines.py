@@ -17,8 +17,9 @@ import pytest
 import yaml
 
 from pipelines import cluster_events, refit, refit_per_key, score
-from stream_em import BatchEM, Gaussian, Mixture, NotFittedError, Schema, SnapshotError, load
+from stream_em import BatchEM, Gaussian, Mixture, NotFittedError, Schema, SchemaError, SnapshotError, load
 from stream_em.beam import RejectedEvent, WriteRejected, WriteSnapshots
+from stream_em.beam.yaml import YamlRefit
 from stream_em.cli.common import DataError
 from stream_em.cli.config import ConfigError
 
@@ -260,7 +261,9 @@ def test_a_snapshot_of_another_schema_rejects_every_event(job: Callable[..., lis
 def test_columns_that_the_model_does_not_know_are_carried_into_the_scores(job: Callable[..., list[str]]) -> None:
     refit.run(job(learner__max_iter="1"))
     pq.write_table(payments(30).append_column("note", [["n"] * 30]), "noted.parquet")
-    score.run(job("--snapshot", "output/model.arrow", source__path="noted.parquet"))
+    declared = "{amount: numeric, hour: numeric}"
+    sets = {"source__path": "noted.parquet", "schema__fields": declared, "schema__unknown": "ignore"}
+    score.run(job("--snapshot", "output/model.arrow", **sets))
     (scored,) = Path("output").glob("scored-*.parquet")
     assert pq.read_table(scored).column_names == ["amount", "hour", "shop", "at", "note", "component", "log_prob"]
 
@@ -278,8 +281,31 @@ def test_help_names_the_options(pipeline: Any, capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         pipeline.run(["--help"])
     told = capsys.readouterr().out
-    assert {"--config", "--set", "--key", "--initial"} < set(told.replace(",", " ").split())
+    assert {"--config", "--set"} < set(told.split())
+    assert ("--key" in told.split()) == ("--initial" in told.split()) == (pipeline in (refit_per_key, cluster_events))
     assert ("--snapshot" in told.split()) == (pipeline is score)
+
+
+def test_options_are_known_to_beam(job: Callable[..., list[str]], caplog: pytest.LogCaptureFixture) -> None:
+    refit.run(job("--work_folder", "work", learner__max_iter="1"))
+    score.run(job("--snapshot", "output/model.arrow"))
+    cluster_events.run(job("--initial", "output/model.arrow", "--shards", "2"))
+    refit_per_key.run(job("--key", "shop"))
+    assert "--config" not in caplog.text
+    assert not [line for line in caplog.messages if "parseable" in line]
+
+
+def test_nothing_is_lost_of_a_category_without_a_value(job: Callable[..., list[str]]) -> None:
+    pq.write_table(payments(9).append_column("land", [pa.nulls(9, pa.string())]), "lands.parquet")
+    fields = "{amount: numeric, land: category}"
+    sets = {"source__path": "lands.parquet", "source__exclude": "[hour, shop]", "schema__fields": fields}
+    refit.run(job(**sets))
+    assert load("output/model.arrow").n_events == 9
+    with pytest.raises(ConfigError, match="field 'land' is a category of which no value is known"):
+        refit_per_key.run(job("--key", "shop", **sets))
+    Path("lands.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(SchemaError, match=r"no category of 'land' could be found: all events were rejected.*damaged"):
+        refit_per_key.run(job("--key", "shop", **sets))
 
 
 def test_an_initial_model_that_may_grow_is_refused(job: Callable[..., list[str]]) -> None:
@@ -300,6 +326,18 @@ def test_the_command(job: Callable[..., list[str]]) -> None:
     refused = subprocess.run([*command[:4], "absent.yaml"], capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     assert "absent.yaml" in refused.stderr
+
+
+def test_beam_yaml_lists_categories(tmp_path: Path) -> None:
+    with pytest.raises(SchemaError, match=r"field 'land': list its categories, land: \[DE, FR\]"):
+        YamlRefit("model.arrow", {"land": "category"})
+    with pytest.raises(SchemaError, match="field 'land': got the category False, expected text; put it in quotes"):
+        YamlRefit("model.arrow", {"land": ["DE", False]})
+    refit_of_rows = YamlRefit(str(tmp_path / "model.arrow"), {"land": ["DE", "FR"]}, n_components=1, iterations=1)
+    with beam.Pipeline("FnApiRunner") as pipeline:
+        _ = pipeline | beam.Create([beam.Row(land=land) for land in ("DE", "FR", "FR", "NO")]) | refit_of_rows
+    (component,) = load(tmp_path / "model.arrow").describe()
+    assert component.fields[0].text == "'FR' 50%"
 
 
 @pytest.mark.slow

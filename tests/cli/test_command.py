@@ -457,7 +457,7 @@ class TestNewFields:
         done = stream_em("run", "job.yaml", cwd=job)
         assert "400 events could not be used" in done.stdout
         assert (
-            "y: no field of the schema: to use such events, add y to source.exclude, or set schema.unknown=ignore (exp"
+            "y: no field of the schema: to use such events, set source.exclude=[y] or schema.unknown=ignore (exp"
             in done.stdout
         )
         assert load(job / "output" / "model.arrow").n_events == 600
@@ -536,7 +536,12 @@ class TestBadInput:
             (
                 ["run", "job.yaml", "learner.schedule.half_life=3600"],
                 2,
-                "learner.schedule.half_life: no such key of this kind; set learner.schedule.kind as well",
+                "learner.schedule.half_life: no such key of this kind; set learner.schedule.kind to one that has it",
+            ),
+            (
+                ["run", "job.yaml", "learner.schedule={kind: constant, half_life: 3600}"],
+                2,
+                "learner.schedule.half_life: no such key of this kind; set learner.schedule.kind to one that has it",
             ),
             (["run", "nowhere.yaml"], 2, "nowhere.yaml: No such file"),
             (["run", "job.yaml", "model.family=gaussian"], 2, "'country' is of kind 'category'"),
@@ -561,7 +566,7 @@ class TestBadInput:
                 ["run", "job.yaml", "schema.unknown=refuse", "schema.fields={x: numeric, y: numeric, ok: flag}"],
                 1,
                 "events.parquet: has columns that are no field of the schema: 'country', 'items'; to use such events, "
-                "add country, items to source.exclude, or set schema.unknown=ignore",
+                "set source.exclude=[id, country, items] or schema.unknown=ignore",
             ),
             (
                 ["run", "job.yaml", "source.exclude=[id]", "source.path=scored.parquet"],
@@ -771,6 +776,10 @@ class TestSnapshots:
         assert (folder / "output" / "again-quarantine.jsonl").read_text() == ""
         for name in ("again.parquet", "again-quarantine.jsonl"):
             (folder / "output" / name).unlink()
+        overridden = ["output.folder=elsewhere", "output.scored_events=other.parquet"]
+        stream_em("score", snapshot, *keys, *overridden, "-o", "named.parquet", cwd=tmp_path)
+        assert (tmp_path / "named.parquet").exists()
+        assert not (tmp_path / "elsewhere").exists()
         assert "scored.parquet: is there already" in stream_em("score", snapshot, *keys, cwd=tmp_path, code=2).stderr
         again = stream_em("score", snapshot, *keys, "-o", "scored.parquet", cwd=tmp_path)
         assert "wrote scored.parquet" in again.stdout
