@@ -25,6 +25,7 @@ from stream_em.cli.beam_jobs import (
     AsEvents,
     KeyedOptions,
     apart,
+    check_names,
     keeping_key,
     known_schema,
     make_read,
@@ -72,6 +73,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     with options_refused():
         update = _update(options, config, roles, initial, schema)
     names = stem(output.scored_events, "scored"), stem(output.quarantine)
+    check_names(scored_events=names[0], quarantine=names[1])
     remove_outputs(output.folder, *(f"{name}-*.jsonl" for name in names))
     with beam.Pipeline(options=options) as pipeline:
         if options.kafka is not None:

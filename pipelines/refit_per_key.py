@@ -10,6 +10,7 @@ added, such as --runner=FlinkRunner.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
@@ -35,6 +36,15 @@ from stream_em.cli.config import ConfigError
 from stream_em.cli.main import run_program
 
 
+class _WriteAllRejected(WriteRejected):
+    """Write what could not be used, and what could not even be read: two sinks would remove each other's files."""
+
+    unreadable: beam.PCollection
+
+    def expand(self, rejected: beam.PCollection) -> Any:
+        return super().expand((rejected, self.unreadable) | "With unreadable ones" >> beam.Flatten())
+
+
 def run(argv: Sequence[str] | None = None) -> None:
     """Read the options, fit the models, and write their snapshots."""
     options, config = read_job(argv, KeyedOptions)
@@ -42,11 +52,12 @@ def run(argv: Sequence[str] | None = None) -> None:
         raise ConfigError("--key COLUMN is needed: the column whose every value gets a model of its own")
     config = keeping_key(config, options.key)
     roles, output, section = make_roles(config), config.output, config.learner
-    names = stem(output.quarantine), f"unreadable-{stem(output.quarantine)}"
+    name = stem(output.quarantine)
     start = None if options.initial is None else load(options.initial)
     schema = None if start is None else start.schema
     if schema is None:
         schema = infer_categories(known_schema(config, roles, options), make_read(config), roles=roles, options=options)
+    rejected = _WriteAllRejected(output.folder, name)
     with options_refused():
         refit = RefitPerKey(
             make_model(config.model, schema) if start is None else start.model,
@@ -58,17 +69,15 @@ def run(argv: Sequence[str] | None = None) -> None:
             n_init=section.n_init,
             initial_parameters=None if start is None else start.parameters,
             seed=section.seed,
-            rejected_to=WriteRejected(output.folder, names[0]),
+            rejected_to=rejected,
         )
-    remove_outputs(output.folder, *(f"{name}-*.jsonl" for name in names), "models/*/last.arrow")
+    remove_outputs(output.folder, f"{name}-*.jsonl", "models/*/last.arrow")
     with beam.Pipeline(options=options) as pipeline:
-        events, unreadable = pipeline | make_read(config, keep=[options.key])
+        events, rejected.unreadable = pipeline | make_read(config, keep=[options.key])
         last = beam.MapTuple(lambda key, learner: (str(key), float("inf"), learner))
         write = beam.ParDo(WriteSnapshots(FileSystems.join(output.folder, "models")))
         _ = events | refit | "Last" >> last | "Snapshots" >> write
-        # A sink removes the files whose names begin with its own name.
-        _ = unreadable | "Unreadable" >> WriteRejected(output.folder, names[1])
-    report(pipeline, output.folder, *names)
+    report(pipeline, output.folder, name)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,17 @@ from stream_em.beam.expectation import REJECTED
 from stream_em.beam.serving import MixtureModelHandler, SplitRejected
 from stream_em.beam.storage import read_file
 from stream_em.beam.writing import WriteRejected, WriteTables, scored_table
-from stream_em.cli.beam_jobs import JobOptions, apart, make_read, make_roles, read_job, remove_outputs, report, stem
+from stream_em.cli.beam_jobs import (
+    JobOptions,
+    apart,
+    check_names,
+    make_read,
+    make_roles,
+    read_job,
+    remove_outputs,
+    report,
+    stem,
+)
 from stream_em.cli.common import scoring
 from stream_em.cli.config import ConfigError
 from stream_em.cli.main import run_program
@@ -52,6 +62,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     handler = MixtureModelHandler(snapshot, roles=roles)
     as_table = partial(scored_table, prefix=output.prefix, responsibilities=output.responsibilities)
     names = stem(output.scored_events, "scored"), stem(output.quarantine)
+    check_names(scored_events=names[0], quarantine=names[1])
     remove_outputs(output.folder, f"{names[0]}-*.parquet", f"{names[1]}-*.jsonl")
     with beam.Pipeline(options=options) as pipeline:
         events, unreadable = pipeline | make_read(config, keep=apart(config))

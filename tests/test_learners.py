@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -1163,3 +1164,12 @@ def test_a_field_without_a_value_in_the_warm_up_keeps_no_other_from_compiled_cod
     assert learner.statistics is not None
     assert reference.statistics is not None
     assert_statistics_close(learner.statistics, reference.statistics)
+
+
+def test_a_copy_in_the_warm_up_takes_nothing_from_the_original() -> None:
+    events = np.random.default_rng(0).normal(size=(90, 2))
+    learner = OnlineEM(Mixture(Gaussian(), 2), seed=0).update(events[:30])
+    left = learner.warm_up_left
+    copy(learner).update(events[30:])
+    assert learner.warm_up_left == left
+    assert learner.n_events == 30

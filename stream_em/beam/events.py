@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Sized
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,13 @@ from stream_em.schema import Batch, FieldCounts, Schema, SchemaError, in_memory
 BLOCK_EVENTS = 4_096
 
 
-class RejectedEvent(NamedTuple):
+class _RejectedEvent(NamedTuple):
+    event: Mapping[str, Any] | None
+    reason: str
+    n_events: int = 1
+
+
+class RejectedEvent(_RejectedEvent):
     """An event that cannot be used, and why: what goes to the dead-letter output.
 
     Parameters
@@ -32,9 +38,19 @@ class RejectedEvent(NamedTuple):
 
     """
 
-    event: Mapping[str, Any] | None
-    reason: str
-    n_events: int = 1
+    __slots__ = ()
+
+    def __new__(cls, event: Mapping[str, Any] | None, reason: str, n_events: int = 1) -> Self:  # noqa: D102
+        return super().__new__(cls, _encodable(event), _encodable(reason), n_events)
+
+
+def _encodable(value: Any) -> Any:
+    """Return the same value without halves of characters, which no coder of Beam takes: escaped."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, Mapping):
+        return {_encodable(key): _encodable(inner) for key, inner in value.items()}
+    return [_encodable(inner) for inner in value] if isinstance(value, list) else value
 
 
 class EventBlocks:

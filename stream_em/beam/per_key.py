@@ -146,8 +146,7 @@ class RefitPerKey(beam.PTransform):
         rejected_to: beam.PTransform | None = None,
     ) -> None:
         super().__init__()
-        if initial_parameters is None:
-            check_categories(schema)
+        check_categories(schema)
         self.model = model
         self.schema = schema
         self.key = key

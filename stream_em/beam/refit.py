@@ -92,7 +92,7 @@ class Refit(beam.PTransform):
         The mixture.
     schema
         The fields of the events; by default `run` infers them from all the events. The categories of a field that
-        names none are found in the events by `run`, unless it starts from `initial_parameters`; other values of a
+        names none are found in the events by `run`; `initial_parameters` and `unrolled` need them. Other values of a
         category field are counted as `other`.
     roles
         Columns that are not the model's: weight, label and others to leave out.
@@ -154,7 +154,7 @@ class Refit(beam.PTransform):
         check_whole(unrolled=1 if unrolled is None else unrolled)
         if unrolled is not None and schema is None:
             raise ValueError("unrolled iterations need the schema of the events; infer_schema finds it in a source")
-        if unrolled is not None and schema is not None and initial_parameters is None:
+        if schema is not None and not (unrolled is None and initial_parameters is None):
             check_categories(schema)
         self.model = model
         self.schema = schema
@@ -441,7 +441,7 @@ class _Run:
         schema = refit.schema
         if schema is None:
             schema = infer_schema(self.source, roles=refit.roles, folder=self.folder, **self.how)
-        elif refit.initial_parameters is None:
+        else:
             schema = infer_categories(schema, self.source, roles=refit.roles, folder=self.folder, **self.how)
         self.schema = schema
         self.bound = refit.model.bind(schema)

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from itertools import permutations
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +24,7 @@ from stream_em import NotFittedError, Schema, SchemaError, SnapshotError, save
 from stream_em.beam.events import RejectedEvent
 from stream_em.beam.expectation import NAMESPACE, REJECTED
 from stream_em.beam.reading import ReadEvents
-from stream_em.beam.refit import Refit
+from stream_em.beam.refit import Refit, RefitError
 from stream_em.beam.survey import infer_schema
 from stream_em.beam.writing import WriteRejected
 from stream_em.cli.build import make_model, make_schema, make_source
@@ -89,7 +90,27 @@ def read_job(argv: Sequence[str] | None, kind: type[_Options]) -> tuple[_Options
     embedded_by_default(job)
     if job.config is None:
         raise ConfigError("--config FILE is needed: the YAML file that describes the job")
-    return job, load_config(job.config, job.set)
+    config = load_config(job.config, job.set)
+    check_folder(config)
+    return job, config
+
+
+def check_folder(config: Config) -> None:
+    """Refuse a folder of outputs whose name Beam would take for a pattern of names."""
+    if set("*?[") & set(config.output.folder):
+        raise ConfigError(
+            f"output.folder: {config.output.folder!r} must not hold *, ? or [, which Beam takes for patterns"
+        )
+
+
+def check_names(**names: str) -> None:
+    """Refuse names of outputs of which one begins with another: a sink removes the files that begin with its name."""
+    for (key, name), (other_key, other) in permutations(names.items(), 2):
+        if f"{other}-".startswith(f"{name}-"):
+            raise ConfigError(
+                f"output.{key} and output.{other_key}: files that begin with {name!r} and {other!r} would remove one "
+                "another; give one of them another name"
+            )
 
 
 def embedded_by_default(options: PipelineOptions) -> PipelineOptions:
@@ -294,6 +315,7 @@ def refit(
 
     A refit that was interrupted goes on from its last whole iteration when it is started again.
     """
+    check_folder(config)
     refuse_unfinished_run(config)
     output, section = config.output, config.learner
     folder = Path(output.folder)
@@ -306,7 +328,7 @@ def refit(
     roles = make_roles(config)
     schema = known_schema(config, roles, options, working)
     tell_fields(console, schema)
-    result = Refit(
+    job = Refit(
         make_model(config.model, schema),
         schema=schema,
         roles=roles,
@@ -315,8 +337,15 @@ def refit(
         n_init=section.n_init,
         seed=section.seed,
         rejected_to=WriteRejected(str(folder), stem(output.quarantine)),
-    ).run(make_read(config), working, options=options, progress=console.is_terminal)
-    fitted, counts = result
+    )
+    try:
+        fitted, counts = job.run(make_read(config), working, options=options, progress=console.is_terminal)
+    except NotFittedError:
+        # There is nothing to go on with.
+        FileSystems.delete([working])
+        raise
+    except RefitError as error:
+        raise DataError(f"{error}; to give up what was done of it, delete {working}") from error
     written = []
     if output.snapshot is not None:
         save(fitted, folder / output.snapshot, metadata={"source": config.source.river or config.source.path})

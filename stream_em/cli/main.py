@@ -414,9 +414,13 @@ def _score_config(source: str, overrides: list[str], output: Path | None) -> Con
     else:
         origin = {"river": source.removeprefix("river:")} if source.startswith("river:") else {"path": source}
         config = check_config({"source": origin, "output": {"folder": "."}}, changes)
-    scored = config.output.scored_events
-    if output is None and scored is not None and (path := Path(config.output.folder, scored)).exists():
-        raise ConfigError(f"{path}: is there already, and may be what run wrote; name a file to write with --output")
+    for name in (config.output.scored_events, config.output.quarantine) if output is None else ():
+        # Many a run leaves an empty quarantine, which holds nothing that could be lost.
+        path = Path(config.output.folder, name or "")
+        if path.is_file() and path.stat().st_size:
+            raise ConfigError(
+                f"{path}: is there already, and may be what run wrote; name a file to write with --output"
+            )
     return config
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from dataclasses import replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -221,6 +222,10 @@ class OnlineEM(FittedMixture):
         # What was worked out to answer during the warm-up is no part of what was learned.
         parameters = None if state.iterate is None else self._parameters
         return dict(self.__dict__, _known=state, _kernel=None, _parameters=parameters, _compiles=True)
+
+    def __copy__(self) -> Self:
+        # A copy that shared the events kept for the warm-up would hand its own to the original.
+        return deepcopy(self)
 
     @property
     def schedule(self) -> Schedule:

@@ -99,6 +99,7 @@ def test_what_cannot_be_read_or_used_is_kept_with_the_reason(job: Callable[..., 
 def test_no_event_that_can_be_used(job: Callable[..., list[str]]) -> None:
     with pytest.raises(NotFittedError, match=r"all 600 were rejected.*no column 'price'"):
         refit.run(job(schema__fields="{price: numeric}"))
+    refit.run(job(schema__fields="{amount: numeric, hour: numeric}"))
     with pytest.raises(DataError, match=r"no event could be used, the first of the reasons.*has no column 'area'"):
         refit_per_key.run(job("--key", "area"))
 
@@ -133,18 +134,18 @@ def test_what_cannot_be_read_lies_beside_what_cannot_be_used(
     job: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = [json.dumps({"x": float(number % 9), "shop": "ab"[number % 2]}) for number in range(40)]
-    lines[7], lines[30] = "no event", '{"x": 1.0, "shop": "c"}'
+    lines[7], lines[9], lines[30] = "no event", '{"x": 1.0, "shop": "\\ud800"}', '{"x": 1.0, "shop": "c"}'
     Path("events.jsonl").write_text("\n".join(lines))
     for limit in ({}, {"source__limit": "40"}):
         arguments = job(
             "--key", "shop", source__path="events.jsonl", source__exclude="[]", source__time="null", **limit
         )
         refit_per_key.run(arguments)
-        (unreadable,) = rows_of("output/unreadable-quarantine-*.jsonl")
-        (unusable,) = rows_of("output/quarantine-*.jsonl")
-        assert "does not parse" in unreadable["reason"]
-        assert "key 'c' has 1 events" in unusable["reason"]
-        assert "38 events used, 2 rejected" in capsys.readouterr().out
+        reasons = " ".join(row["reason"] for row in rows_of("output/quarantine-*.jsonl"))
+        assert "does not parse" in reasons
+        assert "half a character" in reasons
+        assert "key 'c' has 1 events" in reasons
+        assert "37 events used, 3 rejected" in capsys.readouterr().out
 
 
 def test_cluster_events_by_key_and_from_a_refit(job: Callable[..., list[str]]) -> None:
@@ -241,6 +242,10 @@ def test_options_that_do_not_go_together(job: Callable[..., list[str]]) -> None:
         cluster_events.run(job("--key", "shop", learner__structure="adaptive_components"))
     with pytest.raises(ConfigError, match="--snapshot FILE is needed"):
         score.run(job())
+    with pytest.raises(ConfigError, match=r"must not hold \*, \? or \["):
+        refit.run(job(output__folder="'out[1]'"))
+    with pytest.raises(ConfigError, match=r"output\.scored_events and output\.quarantine: .* would remove one another"):
+        cluster_events.run(job("--key", "shop", output__quarantine="scored-not.jsonl"))
     with pytest.raises(SnapshotError, match=r"job\.yaml: not a stream_em snapshot"):
         score.run(job("--snapshot", "job.yaml"))
     with pytest.raises(ConfigError, match=r"is declared in schema\.fields"):

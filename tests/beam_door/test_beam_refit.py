@@ -482,6 +482,10 @@ def test_what_cannot_look_for_categories_refuses_a_field_without_any() -> None:
         Refit(model, schema=DECLARED, unrolled=2)
     with pytest.raises(ValueError, match="infer_categories finds them in a source"):
         RefitPerKey(model, schema=DECLARED)
+    events = [{"x": 1.0, "shop": "a"}, {"x": 2.0, "shop": "b"}, {"x": 9.0, "shop": "b"}]
+    start = BatchEM(model, schema=DECLARED).fit(events).parameters
+    with pytest.raises(ValueError, match="field 'shop' is a category of which no value is known"):
+        Refit(model, schema=DECLARED, initial_parameters=start)
 
 
 def test_many_columns_of_an_array_keep_their_order() -> None:

@@ -776,6 +776,10 @@ class TestSnapshots:
         assert (folder / "output" / "again-quarantine.jsonl").read_text() == ""
         for name in ("again.parquet", "again-quarantine.jsonl"):
             (folder / "output" / name).unlink()
+        (tmp_path / "scored.parquet").rename(tmp_path / "first.parquet")
+        (tmp_path / "quarantine.jsonl").write_text('{"event": 1}')
+        assert "quarantine.jsonl: is there already" in stream_em("score", snapshot, *keys, cwd=tmp_path, code=2).stderr
+        (tmp_path / "first.parquet").rename(tmp_path / "scored.parquet")
         overridden = ["output.folder=elsewhere", "output.scored_events=other.parquet"]
         stream_em("score", snapshot, *keys, *overridden, "-o", "named.parquet", cwd=tmp_path)
         assert (tmp_path / "named.parquet").exists()
