@@ -205,6 +205,7 @@ class WriteSnapshots(beam.DoFn):
         Where to write, on any file system that Beam knows.
 
     >>> import tempfile
+    >>> import numpy as np
     >>> from stream_em import BatchEM, Gaussian, Mixture, load
     >>> learner = BatchEM(Mixture(Gaussian(), 1)).fit(np.array([[1.0], [3.0]]))
     >>> with tempfile.TemporaryDirectory() as folder:

@@ -109,7 +109,7 @@ class TestKilled:
     def test_before_the_first_checkpoint_it_starts_again_and_says_so(self, stream_em, tmp_path):
         write_job(tmp_path, output={"checkpoint_every": 800})
         calls = undisturbed(stream_em, tmp_path).calls
-        told = "was killed, and left no checkpoint (this one makes the first after 1,000 events"
+        told = "was killed, and left no checkpoint (this one makes the first after 800 events"
         first = next(
             call for call in range(1, calls) if "going on" in self._killed_and_again(stream_em, tmp_path, call)
         )
