@@ -154,7 +154,7 @@ class Refit(beam.PTransform):
         check_whole(unrolled=1 if unrolled is None else unrolled)
         if unrolled is not None and schema is None:
             raise ValueError("unrolled iterations need the schema of the events; infer_schema finds it in a source")
-        if schema is not None and not (unrolled is None and initial_parameters is None):
+        if schema is not None and (unrolled is not None or initial_parameters is not None):
             check_categories(schema)
         self.model = model
         self.schema = schema

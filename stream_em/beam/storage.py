@@ -51,6 +51,11 @@ def at_home(path: str) -> str:
     return os.path.expanduser(path)  # noqa: PTH111
 
 
+def has_pattern(name: str) -> bool:
+    """Whether a name has a character that file patterns give a meaning to."""
+    return any(character in name for character in "*?[")
+
+
 @contextmanager
 def working_folder(folder: str | None) -> Iterator[str]:
     """A folder for the files of a run: the one that is named, or else a temporary one.
@@ -66,7 +71,7 @@ def working_folder(folder: str | None) -> Iterator[str]:
             yield temporary
         return
     folder = at_home(str(folder))
-    if any(character in folder for character in "*?["):
+    if has_pattern(folder):
         raise ValueError(f"the folder {folder!r} must not hold *, ? or [, which file patterns give a meaning to")
     _discard(FileSystems.join(folder, PENDING, "*"))
     yield folder

@@ -158,13 +158,7 @@ def infer_schema(
     ('FR', 'DE')
 
     """
-    found = _look(source, roles, folder, options, runner)
-    fields = json.loads(found["fields"])
-    if not fields and "reason" in found:
-        raise SchemaError(
-            "no field could be inferred: all events were rejected, the first of the reasons being: "
-            + found["reason"].decode()
-        )
+    fields = _look(source, roles, folder, options, runner, otherwise="no field could be inferred")
     declared = {} if roles is None else roles.kinds
     return _schema_of(fields, declared, max_categories)
 
@@ -206,13 +200,8 @@ def infer_categories(
     if not names:
         return schema
     known = replace(roles or Roles(), only=tuple(names), kinds=dict.fromkeys(names, "category"))
-    found = _look(source, known, folder, options, runner)
-    seen = json.loads(found["fields"])
-    if not seen and "reason" in found:
-        raise SchemaError(
-            f"no category of {', '.join(map(repr, names))} could be found: all events were rejected, the first of the "
-            f"reasons being: {found['reason'].decode()}"
-        )
+    otherwise = f"no category of {', '.join(map(repr, names))} could be found"
+    seen = _look(source, known, folder, options, runner, otherwise=otherwise)
     return Schema(
         [
             replace(one, categories=_categories_of(one.name, seen[one.name][2], one.max_categories))
@@ -245,9 +234,15 @@ def _without_categories(schema: Schema) -> list[str]:
 
 
 def _look(
-    source: Source, roles: Roles | None, folder: str | None, options: PipelineOptions | None, runner: Any
-) -> dict[str, bytes]:
-    """Read the events once; return what is seen of the `fields`, as JSON, and the first `reason` of a rejection."""
+    source: Source,
+    roles: Roles | None,
+    folder: str | None,
+    options: PipelineOptions | None,
+    runner: Any,
+    *,
+    otherwise: str,
+) -> _Fields:
+    """Read the events once; return what is seen of their fields, or say what comes of it that all were rejected."""
     known = untimed(roles)
 
     def build(pipeline: beam.Pipeline) -> list[beam.PCollection]:
@@ -261,7 +256,13 @@ def _look(
         ]
 
     with working_folder(folder) as place:
-        return hand_over(build, ["fields", "reason"], place, options=options, runner=runner)
+        found = hand_over(build, ["fields", "reason"], place, options=options, runner=runner)
+    fields: _Fields = json.loads(found["fields"])
+    if not fields and "reason" in found:
+        raise SchemaError(
+            f"{otherwise}: all events were rejected, the first of the reasons being: {found['reason'].decode()}"
+        )
+    return fields
 
 
 # By name: the least position in an event, how many values of each kind, and how often each text comes (None: too many).

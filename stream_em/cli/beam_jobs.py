@@ -25,6 +25,7 @@ from stream_em.beam.events import RejectedEvent
 from stream_em.beam.expectation import NAMESPACE, REJECTED
 from stream_em.beam.reading import ReadEvents
 from stream_em.beam.refit import Refit, RefitError
+from stream_em.beam.storage import has_pattern
 from stream_em.beam.survey import infer_schema
 from stream_em.beam.writing import WriteRejected
 from stream_em.cli.build import make_model, make_schema, make_source
@@ -97,7 +98,7 @@ def read_job(argv: Sequence[str] | None, kind: type[_Options]) -> tuple[_Options
 
 def check_folder(config: Config) -> None:
     """Refuse a folder of outputs whose name Beam would take for a pattern of names."""
-    if set("*?[") & set(config.output.folder):
+    if has_pattern(config.output.folder):
         raise ConfigError(
             f"output.folder: {config.output.folder!r} must not hold *, ? or [, which Beam takes for patterns"
         )

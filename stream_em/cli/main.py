@@ -431,15 +431,17 @@ def _is_config(source: str) -> bool:
 def _chosen(output: Path) -> list[str]:
     if output.suffix != ".parquet":
         raise ConfigError(f"--output {output}: scores are written as Parquet; end its name in .parquet")
-    # As YAML strings in quotes, since a name may look like something else.
-    folder, name = (str(part).replace("'", "''") for part in (output.parent, output.name))
-    return [f"output.folder='{folder}'", f"output.scored_events='{name}'"]
+    return [f"output.folder={_quoted(str(output.parent))}", f"output.scored_events={_quoted(output.name)}"]
 
 
 def _own_quarantine(output: Path) -> str:
     # Beside the scores of a run lies the quarantine of that run.
-    name = output.stem.replace("'", "''")
-    return f"output.quarantine='{name}-quarantine.jsonl'"
+    return f"output.quarantine={_quoted(f'{output.stem}-quarantine.jsonl')}"
+
+
+def _quoted(name: str) -> str:
+    """A name as a YAML string in quotes, since it may look like something else."""
+    return "'" + name.replace("'", "''") + "'"
 
 
 def _leave(stopped_by: Signals | None) -> None:

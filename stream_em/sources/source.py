@@ -239,33 +239,30 @@ class Source:
                     {key: value for key, value in row.items() if key not in apart and (only is None or key in only)}
                     for row in dicts
                 ]
-            return Chunk(
-                dicts,
-                events,
-                None if roles.label is None else _labels([row.get(roles.label) for row in dicts]),
-                None if roles.time is None else seconds_of([row.get(roles.time) for row in dicts]),
-                None if roles.weight is None else floats_of([row.get(roles.weight) for row in dicts]),
-                index,
-                line,
-                files,
-                rejected,
-                before,
-                after,
-                np.concatenate(offsets) if offsets else None,
-            )
-        table = pa.Table.from_batches([piece.rows for piece in pieces])
+            rows: Rows = dicts
+            label = None if roles.label is None else _labels([row.get(roles.label) for row in dicts])
+            time = None if roles.time is None else seconds_of([row.get(roles.time) for row in dicts])
+            weight = None if roles.weight is None else floats_of([row.get(roles.weight) for row in dicts])
+        else:
+            rows = table = pa.Table.from_batches([piece.rows for piece in pieces])
+            events = table.select(roles.model_fields(table.column_names))
+            path = pieces[0].path
+            label = None if roles.label is None else table[roles.label]
+            time = None if roles.time is None else _from_column(arrow_seconds, table, roles.time, path)
+            weight = None if roles.weight is None else _from_column(arrow_floats, table, roles.weight, path)
         return Chunk(
-            table,
-            table.select(roles.model_fields(table.column_names)),
-            None if roles.label is None else table[roles.label],
-            None if roles.time is None else _from_column(arrow_seconds, table, roles.time, pieces[0].path),
-            None if roles.weight is None else _from_column(arrow_floats, table, roles.weight, pieces[0].path),
+            rows,
+            events,
+            label,
+            time,
+            weight,
             index,
             line,
             files,
             rejected,
             before,
             after,
+            np.concatenate(offsets) if offsets else None,
         )
 
     def _check_named(self, names: Collection[str], dicts: list[dict[str, Any]], path: str) -> None:
