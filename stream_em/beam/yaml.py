@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -19,6 +21,7 @@ from stream_em.columns import Roles
 from stream_em.families import automatic_family
 from stream_em.learners import BatchEM
 from stream_em.models import Mixture
+from stream_em.plain import plain
 from stream_em.schema import Field, Kind, Schema, SchemaError
 from stream_em.store import to_bytes
 
@@ -44,11 +47,14 @@ class YamlRefit(beam.PTransform):
         Column with the sample weight of an event.
     n_init, seed
         As of `BatchEM`.
+    error_handling
+        `{output: name}` of Beam YAML: rows that cannot be used go to the output of that name, with `element`, the row
+        as JSON, and `msg`, the reason. Left out, they are only counted, by Beam's counter `rejected`.
 
     Raises
     ------
     SchemaError
-        When the categories of a field are not listed, or not as text.
+        When the categories of a field are not listed, or not as text, or the rows have no such column.
 
     >>> import tempfile
     >>> from apache_beam.testing.util import assert_that
@@ -73,9 +79,12 @@ class YamlRefit(beam.PTransform):
         weight: str | None = None,
         n_init: int = 1,
         seed: int = 0,
+        error_handling: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.snapshot = snapshot
+        self.columns = _named(*fields, weight)
+        self.errors = _ErrorRows(error_handling)
         schema, roles = _schema(fields), Roles(weight=weight, only=tuple(fields))
         self.refit = Refit(
             _mixture(schema, n_components, covariance_type),
@@ -84,13 +93,16 @@ class YamlRefit(beam.PTransform):
             unrolled=iterations,
             n_init=n_init,
             seed=seed,
+            rejected_to=self.errors,
         )
 
-    def expand(self, rows: beam.PCollection) -> beam.PCollection:  # noqa: D102 - Beam's
+    def expand(self, rows: beam.PCollection) -> Any:  # noqa: D102 - Beam's
+        _check_columns(rows, self.columns)
         learners = rows | "As dicts" >> beam.Map(_as_dict) | self.refit
-        return learners | "Save" >> beam.ParDo(_Save(self.snapshot)).with_output_types(
+        components = learners | "Save" >> beam.ParDo(_Save(self.snapshot)).with_output_types(
             RowTypeConstraint.from_fields([("component", int), ("weight", float), ("description", str)])
         )
+        return self.errors.beside(components)
 
 
 class YamlRefitPerKey(beam.PTransform):
@@ -102,8 +114,8 @@ class YamlRefitPerKey(beam.PTransform):
         Column that holds an event's key.
     folder
         Folder of the snapshots, `<folder>/<key>/last.arrow`.
-    fields, n_components, covariance_type, weight, n_init, seed
-        As of `YamlRefit`.
+    fields, n_components, covariance_type, weight, n_init, seed, error_handling
+        As of `YamlRefit`. A key with fewer events than components is an error too.
 
     """
 
@@ -118,9 +130,12 @@ class YamlRefitPerKey(beam.PTransform):
         weight: str | None = None,
         n_init: int = 1,
         seed: int = 0,
+        error_handling: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.folder = folder
+        self.columns = _named(*fields, weight, key)
+        self.errors = _ErrorRows(error_handling)
         schema = _schema(fields)
         self.refit = RefitPerKey(
             _mixture(schema, n_components, covariance_type),
@@ -129,9 +144,11 @@ class YamlRefitPerKey(beam.PTransform):
             roles=Roles(weight=weight, only=tuple(fields)),
             n_init=n_init,
             seed=seed,
+            rejected_to=self.errors,
         )
 
-    def expand(self, rows: beam.PCollection) -> beam.PCollection:  # noqa: D102 - Beam's
+    def expand(self, rows: beam.PCollection) -> Any:  # noqa: D102 - Beam's
+        _check_columns(rows, self.columns)
         written = (
             rows
             | "As dicts" >> beam.Map(_as_dict)
@@ -139,9 +156,9 @@ class YamlRefitPerKey(beam.PTransform):
             | "Last" >> beam.MapTuple(lambda key, learner: (key, float("inf"), learner))
             | "Snapshots" >> beam.ParDo(WriteSnapshots(self.folder))
         )
-        return written | "Rows" >> beam.MapTuple(lambda key, path: beam.Row(key=str(key), path=path)).with_output_types(
-            RowTypeConstraint.from_fields([("key", str), ("path", str)])
-        )
+        as_row = beam.MapTuple(lambda key, path: beam.Row(key=str(key), path=path))
+        row_type = RowTypeConstraint.from_fields([("key", str), ("path", str)])
+        return self.errors.beside(written | "Rows" >> as_row.with_output_types(row_type))
 
 
 class YamlScore(beam.PTransform):
@@ -169,6 +186,26 @@ class YamlScore(beam.PTransform):
             | RunInference(self.handler)
             | "Rows" >> beam.Map(_scored).with_output_types(RowTypeConstraint.from_fields(fields))
         )
+
+
+class _ErrorRows(beam.PTransform):
+    """Rejected events as the rows of the error output that Beam YAML names, if it names one."""
+
+    def __init__(self, error_handling: Mapping[str, str] | None) -> None:
+        super().__init__()
+        if error_handling is not None and set(error_handling) != {"output"}:
+            raise ValueError(f"error_handling: got {dict(error_handling)}, expected {{output: name}}")
+        self.output = None if error_handling is None else error_handling["output"]
+
+    def expand(self, rejected: beam.PCollection) -> beam.PCollection:
+        self.rows = rejected | "Rows" >> beam.Map(_error_row).with_output_types(
+            RowTypeConstraint.from_fields([("element", str), ("msg", str)])
+        )
+        return self.rows
+
+    def beside(self, good: beam.PCollection) -> Any:
+        """Return the outputs of a transform, for which the rejected events were handed to this one."""
+        return good if self.output is None else {"good": good, self.output: self.rows}
 
 
 class _Save(beam.DoFn):
@@ -201,6 +238,26 @@ def _schema(fields: Mapping[str, Kind | list[str]]) -> Schema:
 
 def _mixture(schema: Schema, n_components: int, covariance_type: _Covariances) -> Mixture:
     return Mixture(automatic_family(schema, covariance_type), n_components)
+
+
+def _named(*columns: str | None) -> list[str]:
+    return [column for column in columns if column is not None]
+
+
+def _check_columns(rows: beam.PCollection, columns: list[str]) -> None:
+    """Refuse rows that are known to lack a column: it would be a missing value in every event."""
+    row_type = RowTypeConstraint.from_user_type(rows.element_type) or rows.element_type
+    if isinstance(row_type, RowTypeConstraint):
+        held = [name for name, _ in row_type._fields]
+        for column in columns:
+            if column not in held:
+                near = difflib.get_close_matches(column, held, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise SchemaError(f"the rows have no column {column!r} (they have: {', '.join(held)}){hint}")
+
+
+def _error_row(rejected: RejectedEvent) -> beam.Row:
+    return beam.Row(element=json.dumps(plain(rejected.event)), msg=rejected.reason)
 
 
 def _as_dict(row: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import yaml
 from pipelines import cluster_events, refit, refit_per_key, score
 from stream_em import BatchEM, Gaussian, Mixture, NotFittedError, Schema, SchemaError, SnapshotError, load
 from stream_em.beam import RejectedEvent, WriteRejected, WriteSnapshots
-from stream_em.beam.yaml import YamlRefit
+from stream_em.beam.yaml import YamlRefit, YamlRefitPerKey
 from stream_em.cli.common import DataError
 from stream_em.cli.config import ConfigError
 
@@ -64,6 +64,13 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[s
 
 def rows_of(pattern: str) -> list[dict[str, Any]]:
     return [json.loads(line) for path in sorted(Path().glob(pattern)) for line in path.read_text().splitlines()]
+
+
+def run_beam_yaml(pipeline: dict[str, Any]) -> None:
+    providers = [{"include": str(ROOT / "pipelines" / "providers.yaml")}]
+    Path("beam.yaml").write_text(yaml.safe_dump({"pipeline": pipeline, "providers": providers}))
+    command = [sys.executable, "-m", "apache_beam.yaml.main", "--yaml_pipeline_file=beam.yaml", *ON_EMBEDDED]
+    subprocess.run(command, check=True, capture_output=True)
 
 
 def test_refit_then_score(job: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
@@ -345,8 +352,44 @@ def test_beam_yaml_lists_categories(tmp_path: Path) -> None:
     assert component.fields[0].text == "'FR' 50%"
 
 
+def test_beam_yaml_names_the_columns_that_rows_lack() -> None:
+    rows = beam.Pipeline("FnApiRunner") | beam.Create([beam.Row(amount=1.0, shop="a")])
+    refused = r"the rows have no column 'amont' \(they have: amount, shop\); did you mean 'amount'\?"
+    with pytest.raises(SchemaError, match=refused):
+        _ = rows | YamlRefit("model.arrow", {"amont": "numeric"})
+    with pytest.raises(SchemaError, match="no column 'weight'"):
+        _ = rows | "Weighted" >> YamlRefit("model.arrow", {"amount": "numeric"}, weight="weight")
+    with pytest.raises(SchemaError, match="no column 'sho'"):
+        _ = rows | YamlRefitPerKey("sho", "models", {"amount": "numeric"})
+
+
 @pytest.mark.slow
-def test_beam_yaml(job: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_beam_yaml_hands_on_rows_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("jinja2", reason="Beam YAML needs apache-beam[yaml]")
+    monkeypatch.chdir(tmp_path)
+    elements = [{"x": 1.0 * i, "shop": "a"} for i in range(9)] + [{"x": 1e300, "shop": "a"}, {"x": 2.0, "shop": "b"}]
+    options = {"fields": {"x": "numeric"}, "n_components": 2, "error_handling": {"output": "errors"}}
+    write = {"type": "WriteToJson"}
+    transforms = [
+        {"type": "Create", "config": {"elements": elements}},
+        {"type": "StreamEMRefit", "input": "Create", "config": {"snapshot": "model.arrow", **options}},
+        {"type": "StreamEMRefitPerKey", "input": "Create", "config": {"key": "shop", "folder": "models", **options}},
+        {**write, "name": "Refitted", "input": "StreamEMRefit", "config": {"path": "refit.json"}},
+        {**write, "name": "Refused", "input": "StreamEMRefit.errors", "config": {"path": "errors.json"}},
+        {**write, "name": "Of keys", "input": "StreamEMRefitPerKey.errors", "config": {"path": "keys.json"}},
+    ]
+    run_beam_yaml({"transforms": transforms})
+    assert len(rows_of("refit.json*")) == 2
+    (error,) = rows_of("errors.json*")
+    assert json.loads(error["element"]) == {"x": 1e300, "shop": "a"}
+    assert "field 'x': got 1e+300" in error["msg"]
+    of_event, of_key = sorted(error["msg"] for error in rows_of("keys.json*"))
+    assert "field 'x': got 1e+300" in of_event
+    assert of_key.startswith("key 'b' has 1 event")
+
+
+@pytest.mark.slow
+def test_beam_yaml(job: Callable[..., list[str]]) -> None:
     pytest.importorskip("jinja2", reason="Beam YAML needs apache-beam[yaml]")
     read = {"type": "ReadFromParquet", "config": {"path": "payments/*.parquet"}}
     fields = {"amount": "numeric", "hour": "numeric"}
@@ -357,13 +400,7 @@ def test_beam_yaml(job: Callable[..., list[str]], tmp_path: Path) -> None:
     }
     for name, (kind, config) in jobs.items():
         write = {"type": "WriteToJson", "config": {"path": f"{name}.json"}}
-        content = {
-            "pipeline": {"type": "chain", "transforms": [read, {"type": kind, "config": config}, write]},
-            "providers": [{"include": str(ROOT / "pipelines" / "providers.yaml")}],
-        }
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
-        command = [sys.executable, "-m", "apache_beam.yaml.main", f"--yaml_pipeline_file={name}.yaml", *ON_EMBEDDED]
-        subprocess.run(command, check=True, capture_output=True)
+        run_beam_yaml({"type": "chain", "transforms": [read, {"type": kind, "config": config}, write]})
     assert sorted(round(row["weight"], 1) for row in rows_of("refit.json*")) == [0.3, 0.7]
     assert {row["key"] for row in rows_of("keys.json*")} == {"shop 0", "shop 1", "shop 2"}
     rows = sorted(rows_of("score.json*"), key=lambda row: row["at"])
