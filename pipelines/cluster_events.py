@@ -4,7 +4,8 @@ python -m pipelines.cluster_events --config configs/shuttle.yaml --initial outpu
     --shards 2 --set output.folder=output/online
 
 Reads files, or with --kafka a topic; --key names the column whose every value gets a model. Leaves scored and rejected
-events as JSON Lines, and the snapshots of each model. Any of Beam's options can be added, such as --runner=FlinkRunner.
+events as JSON Lines, and the snapshots of each model, `<output.folder>/models/<key>/<time>.arrow`, the last one as
+`last.arrow`. Any of Beam's options can be added, such as --runner=FlinkRunner.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ from stream_em.cli.main import run_program
 from stream_em.columns import Roles
 from stream_em.store import Learner
 
+SNAPSHOT_EVERY = 3600.0
+
 
 class ClusterOptions(KeyedOptions, PipelineOptions):
     """Options of the online models."""
@@ -49,7 +52,11 @@ class ClusterOptions(KeyedOptions, PipelineOptions):
     @classmethod
     def _add_argparse_args(cls, parser: Any) -> None:
         parser.add_argument("--shards", type=int, default=4, help="without a key: learners that share the events")
-        parser.add_argument("--snapshot_every", type=float, default=3600.0, help="seconds of event time")
+        parser.add_argument(
+            "--snapshot_every",
+            type=float,
+            help=f"of a topic: seconds of event time between snapshots of a model ({SNAPSHOT_EVERY:g})",
+        )
         parser.add_argument("--kafka", metavar="SERVERS", help="read from Kafka: its bootstrap servers")
         parser.add_argument("--topic", action="append", default=[], help="topic to read; can be repeated")
 
@@ -68,6 +75,11 @@ def run(argv: Sequence[str] | None = None) -> None:
         )
     if options.kafka is not None and not options.topic:
         raise ConfigError("--topic NAME is needed with --kafka: the topic to read; it can be repeated")
+    if options.kafka is None and options.snapshot_every is not None:
+        raise ConfigError(
+            "--snapshot_every: is for --kafka; files are read to their end before event time moves on, so that there "
+            "is one snapshot of each model, last.arrow"
+        )
     initial = None if options.initial is None else load(options.initial)
     schema = known_schema(config, roles, options) if options.key is not None and initial is None else None
     with options_refused():
@@ -104,6 +116,9 @@ def _update(
 ) -> OnlineUpdate | GlobalUpdate:
     """Models by key, or one model that shards share."""
     learner = config.learner
+    every = None
+    if options.kafka is not None:
+        every = SNAPSHOT_EVERY if options.snapshot_every is None else options.snapshot_every
     if options.key is not None:
         return OnlineUpdate(
             None if schema is None else make_model(config.model, schema),
@@ -114,7 +129,7 @@ def _update(
             warm_up=learner.warm_up,
             roles=roles,
             averaging=learner.averaging,
-            snapshot_every=options.snapshot_every,
+            snapshot_every=every,
             seed=learner.seed,
         )
     if initial is not None:
@@ -123,7 +138,7 @@ def _update(
             shards=options.shards,
             batch_size=learner.batch_size,
             roles=roles,
-            merge_every=options.snapshot_every,
+            merge_every=every,
         )
     raise ConfigError(
         "name the column of the key with --key, or, for one model of all events, the snapshot it starts from with "

@@ -80,11 +80,16 @@ class EventError(ValueError):
         self.field = field
         self.value = value
         self.expected = expected
-        shown = repr(value)
+        super().__init__(f"event {index}{': ' if field is None else ', '}{self.problem}")
+
+    @property
+    def problem(self) -> str:
+        """The message without the position, for where the event is told otherwise."""
+        shown = repr(self.value)
         if len(shown) > 120:
             shown = shown[:117] + "..."
-        place = f"event {index}" if field is None else f"event {index}, field {field!r}"
-        super().__init__(f"{place}: got {shown}, expected {expected}")
+        place = "" if self.field is None else f"field {self.field!r}: "
+        return f"{place}got {shown}, expected {self.expected}"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return EventError, (self.index, self.field, self.value, self.expected)

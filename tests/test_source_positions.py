@@ -121,6 +121,26 @@ class TestFiles:
         assert [told(chunk) for chunk in again] == [told(chunk) for chunk in wanted[3:]]
         assert len(again[0].rejected) == 50_000
 
+    @pytest.mark.parametrize("quote", ['"', None])
+    @pytest.mark.parametrize("name", ["a.csv", "-"])
+    def test_reading_goes_on_around_a_quote_left_open(self, tmp_path, monkeypatch, name, quote):
+        rows = [f"{i},a" for i in range(300)]
+        rows[50], rows[120], rows[260] = '"50,a', '5",a', '"open,a'
+        text = "x,c\n" + "\n".join(rows) + "\n"
+        (tmp_path / "a.csv").write_text(text)
+
+        def read(after=None):
+            monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+            source = open_source(name if name == "-" else tmp_path / name, format="csv", quote=quote)
+            return list(source.chunks(20, after))
+
+        wanted = read()
+        n_lines = sum(len(chunk) + len(chunk.rejected) for chunk in wanted)
+        # The first swallows the lines up to the next quote.
+        assert n_lines == (300 if quote is None else 300 - 70 - 39)
+        for at, chunk in enumerate(wanted):
+            assert [told(one) for one in read(plain(chunk.after))] == [told(one) for one in wanted[at + 1 :]]
+
     @pytest.mark.parametrize("kind", ["csv", "jsonl"])
     def test_a_text_file_may_have_grown(self, tmp_path, kind):
         write_files(tmp_path, kind)

@@ -226,7 +226,47 @@ class TestCsvTypes:
         chunk = only(open_source(tmp_path / "a.csv"))
         assert chunk.events.to_pydict() == {"x": [1], "y": [2]}
         assert chunk.rejected[0].line == 3
-        assert chunk.rejected[0].reason == "expected 2 cells as in the header, got 1; a quote may have been left open"
+        assert chunk.rejected[0].reason == (
+            "expected 2 cells as in the header, got 1; a quote may have been left open: this event spans 2 lines"
+        )
+
+    @pytest.mark.parametrize("name", ["a.csv", "-"])
+    @pytest.mark.parametrize("end", ["", "\n", "\n\n", '"\n7,8\n'])
+    def test_how_many_lines_an_open_quote_has_swallowed_is_told(self, tmp_path, monkeypatch, name, end):
+        swallowed = "\n".join(['"3', *["5,6"] * 1_999])
+        text = f"x,y\n1,2\n\n{swallowed}{end}"
+        (tmp_path / "a.csv").write_text(text)
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        chunk = only(open_source(name if name == "-" else tmp_path / name, format="csv"))
+        assert chunk.index.tolist() == ([0, 2] if "7" in end else [0])
+        (rejection,) = chunk.rejected
+        assert rejection.reason.endswith("a quote may have been left open: this event spans 2,000 lines")
+        assert rejection.event.rstrip('"\n') == swallowed
+
+    def test_an_open_quote_that_leaves_the_right_number_of_cells(self, tmp_path):
+        # The next quote closes the cell, and what follows it belongs to it.
+        write_csv(tmp_path / "a.csv", ["x,y,t", "1,2,a", '"3,4,a', *["5,6,a"] * 97, '"7,8,"b', 'c"', 'no,9,"d', 'e"'])
+        chunk = only(open_source(tmp_path / "a.csv", fields={"x": "numeric", "y": "numeric", "t": "category"}))
+        assert [(one.line, one.field, one.reason) for one in chunk.rejected] == [
+            (3, "x", "expected a number; a quote may have been left open: this event spans 100 lines"),
+            (4, "x", "expected a number"),
+        ]
+
+    @pytest.mark.parametrize("name", ["a.csv", "-"])
+    def test_another_quote_or_none(self, tmp_path, monkeypatch, name):
+        def read(text, quote):
+            (tmp_path / "a.csv").write_text(text)
+            monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+            return only(open_source(name if name == "-" else tmp_path / name, format="csv", quote=quote))
+
+        chunk = read("'t,u',x\n'a\nb',1\n'c ''d'', e',2\n5\",3\n", "'")
+        assert chunk.rows.to_pydict() == {"t,u": ["a\nb", "c 'd', e", '5"'], "x": [1, 2, 3]}
+        for quote in ("", None):
+            chunk = read('"t",x\n5",1\n"open,2\n"a ""b""",3\n"c,d",4\n\n"e",5\n', quote)
+            assert chunk.rows.to_pydict() == {'"t"': ['5"', '"open', '"a ""b"""', '"e"'], "x": [1, 2, 3, 5]}
+            (rejection,) = chunk.rejected
+            assert (rejection.index, rejection.line, rejection.event) == (3, 5, '"c,d",4')
+            assert rejection.reason == "expected 2 cells as in the header, got 3"
 
     def test_rows_that_are_all_of_the_wrong_length(self, tmp_path):
         chunk = only(open_source(write_csv(tmp_path / "a.csv", ["x,y", "1", "2,3,4"])))
@@ -251,6 +291,8 @@ class TestJsonLines:
         assert chunk.line.tolist() == [1, 7]
         assert [(r.index, r.line) for r in chunk.rejected] == [(1, 2), (2, 4), (3, 5), (4, 6)]
         assert chunk.rejected[0].event == '{"x": '
+        # The parser's own line and column would be those within the line.
+        assert chunk.rejected[0].reason == "expected a JSON object, but it does not parse: Expecting value"
 
     @pytest.mark.parametrize(
         ("line", "field"),
@@ -386,7 +428,28 @@ class TestRefusals:
         pq.write_table(pa.table({"a": ["u"], "b": [1.0]}), tmp_path / "1.parquet")
         self.refused(r"1\.parquet: column 'a' is string but double in .*0\.parquet", tmp_path)
         (tmp_path / "2.csv").write_text("a,b\n1,2\n")
-        self.refused("different formats", tmp_path)
+        self.refused(
+            r"different formats \(csv, parquet\); set format \(in a job: source.format\) to one of them$", tmp_path
+        )
+        assert only(open_source(tmp_path, format="csv")).rows.num_rows == 1
+
+    @pytest.mark.parametrize(("name", "sign"), [("delimiter", ";"), ("quote", "'"), ("quote", None)])
+    def test_cells_of_what_has_none(self, tmp_path, monkeypatch, name, sign):
+        pq.write_table(table(3), tmp_path / "a.parquet")
+        (tmp_path / "a.jsonl").write_text('{"x": 1}\n')
+        for kind in ("parquet", "jsonl"):
+            self.refused(f"{name} is for CSV, and the source is {kind}; leave", tmp_path / f"a.{kind}", **{name: sign})
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper((tmp_path / "a.jsonl").open("rb")))
+        self.refused(f"{name} is for CSV, and the source is jsonl", "-", **{name: sign})
+        self.refused(f"{name} is for CSV, and the source is a River data set", river="Shuttle", **{name: sign})
+
+    def test_delimiters_and_quotes_that_no_csv_has(self, tmp_path):
+        write_csv(tmp_path / "a.csv", ["x,y", "1,2"])
+        for name in ("delimiter", "quote"):
+            for sign in ("ab", "€", "\n"):
+                self.refused(f"{name}: expected one ASCII character within a line, got", tmp_path, **{name: sign})
+        for options in ({"quote": ","}, {"delimiter": '"'}, {"delimiter": "'", "quote": "'"}):
+            self.refused("quote: .* separates the cells; set another", tmp_path, **options)
 
     def test_no_column_left_for_the_model(self, tmp_path):
         pq.write_table(pa.table({"a": [1.0]}), tmp_path / "a.parquet")

@@ -123,8 +123,10 @@ class OnlineUpdate(beam.PTransform):
     -----
     **Snapshots.** An event-time timer emits a snapshot of each key that has learned since its last one, when the
     watermark passes a multiple of `snapshot_every`, and the last one at the end of the input. A snapshot has learned
-    every batch that was complete by then: an event may wait for its batch for `max_wait`. A learner that is still in
-    its warm-up is emitted too, and goes on warming up where it is loaded.
+    every batch that was complete by then: an event may wait for its batch for `max_wait`. Over bounded input engines
+    move the watermark only when all of it is read: the first timer then finds everything learned, so leave
+    `snapshot_every` out. A learner that is still in its warm-up is emitted too, and goes on warming up where it is
+    loaded.
 
     **Late events** are learned like any other; under `HalfLife` with the weight that their time leaves them, so that
     the statistics do not depend on the order of events. An event waits for its batch, and has its own timestamp when
@@ -192,6 +194,7 @@ class OnlineUpdate(beam.PTransform):
         self.roles = Roles() if roles is None else roles
         self.snapshot_every = snapshot_every
         self._clock: Callable[[], float] = time.time
+        self._key_called = "key"
 
     def expand(self, keyed_events: beam.PCollection) -> OnlineOutputs:  # noqa: D102 - Beam's
         key = getattr(keyed_events.element_type, "tuple_types", (Any, Any))[0]
@@ -206,9 +209,9 @@ class OnlineUpdate(beam.PTransform):
                 tuple[key, list[Any]]  # type: ignore[valid-type]
             )
             | "Learn"
-            >> beam.ParDo(_Learn(self.start, self.roles, self.snapshot_every, extend=self.extend)).with_outputs(
-                SNAPSHOTS, REJECTED, main="scored"
-            )
+            >> beam.ParDo(
+                _Learn(self.start, self.roles, self.snapshot_every, extend=self.extend, called=self._key_called)
+            ).with_outputs(SNAPSHOTS, REJECTED, main="scored")
         )
         # Tagged outputs take no coder from a type, so learners leave the state as bytes.
         learners = beam.MapTuple(_decoded).with_output_types(tuple[Any, float, OnlineEM])
@@ -316,11 +319,14 @@ class _Learn(beam.DoFn):
     DUE = ReadModifyWriteStateSpec("due", TupleCoder((VarIntCoder(), BooleanCoder())))
     TIMER = TimerSpec("snapshot", TimeDomain.WATERMARK)
 
-    def __init__(self, start: OnlineEM, roles: Roles, snapshot_every: float | None, *, extend: bool) -> None:
+    def __init__(
+        self, start: OnlineEM, roles: Roles, snapshot_every: float | None, *, extend: bool, called: str
+    ) -> None:
         self._start_content = to_bytes(start)
         self.roles = roles
         self.every = None if snapshot_every is None else round(snapshot_every * _MICROS)
         self.extend = extend
+        self.called = called
         self._events = Metrics.counter(NAMESPACE, "events")
         self._rejected = Metrics.counter(NAMESPACE, "rejected")
         self._log_likelihood = Metrics.distribution(NAMESPACE, "log_likelihood")
@@ -347,7 +353,8 @@ class _Learn(beam.DoFn):
         batch = self._encoded(learner, events, stamps)
         self._rejected.inc(len(batch.rejected))
         for error in batch.rejected:
-            rejected = RejectedEvent(_as_mapping(events[error.index]), f"key {key!r}: {error}")
+            # Its position in a batch that Beam has gathered would tell nobody where it is.
+            rejected = RejectedEvent(_as_mapping(events[error.index]), f"{self.called} {key!r}: {error.problem}")
             yield beam.pvalue.TaggedOutput(REJECTED, _at(stamps[error.index], rejected))
         if not batch.n_events:
             return
@@ -456,7 +463,7 @@ class GlobalUpdate(beam.PTransform):
     shards
         Number of learners that share the events.
     merge_every
-        Seconds of event time between merged models.
+        Seconds of event time between merged models; None for one at the end of the window only.
     schedule
         How fast the past fades: by default that of `initial` if it is an `OnlineEM`, else `Harmonic()`. `Harmonic` and
         `HalfLife` merge to what one learner would have; the others forget by the count of events that one shard has
@@ -502,7 +509,7 @@ class GlobalUpdate(beam.PTransform):
         initial: Learner,
         *,
         shards: int = 4,
-        merge_every: float = 60.0,
+        merge_every: float | None = 60.0,
         schedule: Schedule | None = None,
         batch_size: int = 500,
         max_wait: float | None = 10.0,
@@ -524,6 +531,7 @@ class GlobalUpdate(beam.PTransform):
             averaging=averaging,
             snapshot_every=merge_every,
         )
+        self.update._key_called = "shard"
 
     def expand(self, events: beam.PCollection) -> OnlineOutputs:  # noqa: D102 - Beam's
         outputs = (

@@ -262,7 +262,7 @@ class _EncodePerKey(beam.DoFn):
         if wrong:
             for position in wrong:
                 event = _event_at(events, position)
-                yield self._reject(RejectedEvent(event, _why_no_key(keys[position])))
+                yield self._reject(RejectedEvent(event, _why_no_key(keys[position], self.key)))
             keep = np.setdiff1d(np.arange(len(keys)), wrong)
             keys, events = [keys[position] for position in keep], _events_at(events, keep)
         for batch in self._blocks.add(events) if keys else ():
@@ -306,10 +306,11 @@ class _NoKey:
     reason: str
 
 
-def _why_no_key(key: Any) -> str:
+def _why_no_key(key: Any, column: Any) -> str:
     if isinstance(key, _NoKey):
         return key.reason
-    return f"key: got {key!r}, expected a string, bytes, a whole number or a tuple of these"
+    place = f"key, column {column!r}" if isinstance(column, str) else "key"
+    return f"{place}: got {key!r}, expected a string, bytes, a whole number or a tuple of these"
 
 
 def _is_key(key: Any) -> bool:

@@ -186,7 +186,9 @@ def scored_table(result: PredictionResult, prefix: str = "", *, responsibilities
     events = pa.Table.from_pylist(result.example) if isinstance(result.example, list) else pa.table(result.example)
     for name in ("component", "log_prob", "responsibilities") if responsibilities else ("component", "log_prob"):
         if prefix + name in events.column_names:
-            raise ValueError(f"the events have a column {prefix + name!r} already; give the scores another prefix")
+            raise ValueError(
+                f"the events have a column {prefix + name!r} already: give the scores another prefix (output.prefix)"
+            )
         events = events.append_column(prefix + name, result.inference[name])
     return events
 

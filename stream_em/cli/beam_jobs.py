@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,7 +35,7 @@ from stream_em.cli.build import make_model, make_schema, make_source
 from stream_em.cli.checkpoints import refuse_unfinished_run
 from stream_em.cli.common import DataError, draw_learner, load_plots, tell_fields
 from stream_em.cli.config import Config, ConfigError, SourceSection, load_config
-from stream_em.cli.display import component_table, say
+from stream_em.cli.display import component_table, counted, say
 from stream_em.columns import Roles, seconds_of
 from stream_em.sources import SourceError
 
@@ -84,16 +87,40 @@ def read_job(argv: Sequence[str] | None, kind: type[_Options]) -> tuple[_Options
     Raises
     ------
     ConfigError
-        When there is no configuration, or it cannot be used.
+        When there is no configuration, or it cannot be used, or an argument is nobody's.
 
     """
     job = kind(argv)
+    _check_arguments(sys.argv[1:] if argv is None else argv, job)
     embedded_by_default(job)
     if job.config is None:
         raise ConfigError("--config FILE is needed: the YAML file that describes the job")
     config = load_config(job.config, job.set)
     check_folder(config)
     return job, config
+
+
+def _check_arguments(given: Sequence[str], options: JobOptions) -> None:
+    """Refuse arguments that Beam would pass over with a warning, but for options that may be a runner's own."""
+    own = [
+        f"--{name}"
+        for kind in type(options).__mro__
+        if issubclass(kind, JobOptions)
+        for name in options.view_as(kind).get_all_options(current_only=True)
+    ]
+    parsers: list[argparse.ArgumentParser] = []
+    options.get_all_options(add_extra_args_fn=parsers.append)
+    _, unknown = parsers[0].parse_known_args(list(given))
+    before = ""
+    for argument in unknown:
+        name = argument.partition("=")[0]
+        if not argument.startswith("-"):
+            # What follows an option that has no value yet is its value.
+            if not before.startswith("-") or "=" in before:
+                raise ConfigError(f"{argument}: expected options; keys of the YAML file come after --set")
+        elif near := difflib.get_close_matches(name, own, n=1, cutoff=0.75):
+            raise ConfigError(f"{name}: no such option; did you mean {near[0]!r}?")
+        before = argument
 
 
 def check_folder(config: Config) -> None:
@@ -145,8 +172,8 @@ def report(pipeline: beam.Pipeline, folder: str, *rejected: str) -> None:
     for counter in pipeline.result.metrics().query(MetricsFilter().with_namespace(NAMESPACE))["counters"]:
         totals[counter.key.metric.name] += counter.result
     console = Console()
-    counted = f"{totals['events']:,} events used, {totals['rejected']:,} rejected; " if totals else ""
-    say(console, f"{counted}wrote to {folder}", "bold")
+    used = f"{counted(totals['events'], 'event')} used, {totals['rejected']:,} rejected; " if totals else ""
+    say(console, f"{used}wrote to {folder}", "bold")
     reason = _first_reason([FileSystems.join(folder, f"{name}-*.jsonl") for name in rejected])
     # An engine that counts nothing does not tell that nothing was used.
     if totals and not totals["events"]:
@@ -211,7 +238,7 @@ def make_read(config: Config, *, keep: Sequence[str] = ()) -> beam.PTransform:
     `keep` are columns to be read that are not the model's.
     """
     section = config.source
-    if section.river is not None or section.limit is not None or section.delimiter is not None or section.path == "-":
+    if section.river is not None or section.limit is not None or section.has_own_cells or section.path == "-":
         return ReadChunks(section, config.fields_.fields or {})
     assert section.path is not None
     return ReadEvents(
@@ -232,7 +259,9 @@ def keeping_key(config: Config, key: str) -> Config:
 
     """
     if key in (config.fields_.fields or {}):
-        raise ConfigError(f"--key {key}: is declared in schema.fields, and a key is no field of the model")
+        raise ConfigError(
+            f"--key {key}: is declared in schema.fields, and a key is no field of the model: leave it out there"
+        )
     if key in apart(config):
         return config
     section = config.source.model_copy(update={"exclude": [*config.source.exclude, key]})
@@ -358,15 +387,15 @@ def refit(
     ending = "converged" if fitted.converged else "stopped before it converged: raise learner.max_iter"
     say(
         console,
-        f"{counts.n_events:,} events, {len(fitted.history)} iterations, mean log-posterior "
+        f"{counted(counts.n_events, 'event')}, {counted(len(fitted.history), 'iteration')}, mean log-posterior "
         f"{fitted.history[-1]:.6g}, {ending}",
         "bold",
     )
     console.print(component_table(fitted))
     if counts.n_rejected:
         files = folder / f"{stem(output.quarantine)}-*.jsonl"
-        say(console, f"{counts.n_rejected:,} events could not be used and are in {files}", "yellow")
+        say(console, f"{counted(counts.n_rejected, 'event')} could not be used, see {files}", "yellow")
     for name, count in counts.ignored_fields:
-        say(console, f"field {name!r} is not in the schema and was ignored in {count:,} events", "yellow")
+        say(console, f"field {name!r} is not in the schema and was ignored in {counted(count, 'event')}", "yellow")
     for path in written:
         say(console, f"wrote {path}")

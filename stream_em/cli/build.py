@@ -32,6 +32,7 @@ def make_source(section: SourceSection, **known: Any) -> Source:
         weight=section.weight,
         exclude=section.exclude,
         delimiter=section.delimiter,
+        quote=section.quote,
         limit=section.limit,
         **known,
     )

@@ -10,6 +10,7 @@ from typing import Any
 from stream_em import SnapshotError
 from stream_em.cli.common import DataError
 from stream_em.cli.config import Config
+from stream_em.cli.display import counted
 from stream_em.cli.outputs import Committed
 from stream_em.sources import Position
 from stream_em.store import read_metadata
@@ -135,8 +136,8 @@ def refuse_unfinished_run(config: Config) -> None:
     checkpoint = unfinished_run(path)
     if checkpoint is not None:
         raise DataError(
-            f"{path}: holds a run that is not finished, after {checkpoint.position['index']:,} events; finish it, or "
-            "give this job another output.folder"
+            f"{path}: holds a run that is not finished, after {counted(checkpoint.position['index'], 'event')}; finish "
+            "it, or give this job another output.folder"
         )
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from stream_em import Batch, BatchEM, EventError, Field, OnlineEM, Schema, load
 from stream_em.cli.build import make_source
 from stream_em.cli.config import Config, ConfigError
-from stream_em.cli.display import component_table, say
+from stream_em.cli.display import component_table, counted, say
 from stream_em.cli.outputs import (
     Committed,
     PendingFile,
@@ -29,11 +29,14 @@ from stream_em.cli.outputs import (
 )
 from stream_em.learners import Prediction
 from stream_em.sources import Chunk, Rejection, Rows, Source, same_file
+from stream_em.sources.faults import OPEN_QUOTE
 
 # Of an id's values, in any stream that is longer than a vocabulary, more than so many are new.
 _SHARE_OF_NEW = 0.9
 # Fields that are told at the start of a job.
 _MOST_TOLD = 20
+# Reasons that are told at the end of a job.
+_MOST_REASONS = 10
 # So many whole numbers in a row do not grow by chance.
 _TELLING = 20
 
@@ -288,7 +291,7 @@ def nothing_usable(source: Source, quarantine: Quarantine) -> DataError:
     reason, count = quarantine.reasons.most_common(1)[0]
     example = "" if quarantine.first is None else f"; the first: {quarantine.first}"
     return DataError(
-        f"{source.name}: none of its {quarantine.count:,} events could be used; {count:,} of them because of "
+        f"{source.name}: none of its {counted(quarantine.count, 'event')} could be used; {count:,} of them because of "
         f"{reason}{example}"
     )
 
@@ -300,13 +303,13 @@ def report(
     console.print(component_table(learner))
     if isinstance(learner, OnlineEM) and learner.structure is not None:
         born, died, merged, split = learner.structure_changes
-        say(console, f"components: {born:,} born, {died:,} died, {merged:,} pairs merged, {split:,} split")
+        say(console, f"components: {born:,} born, {died:,} died, {counted(merged, 'pair')} merged, {split:,} split")
     report_counts(console, quarantine, left_out, learner.ignored_fields)
     if isinstance(learner, OnlineEM) and learner.n_ahead:
         say(
             console,
-            f"{learner.n_ahead:,} events were dated further ahead of the others than learner.schedule.max_ahead, and "
-            "were learned as if they had come with the newest of those",
+            f"{counted(learner.n_ahead, 'event')} {'was' if learner.n_ahead == 1 else 'were'} dated further ahead of "
+            "the others than learner.schedule.max_ahead, and learned as if dated with the newest of those",
             "yellow",
         )
     for field in _likely_ids(learner):
@@ -329,17 +332,20 @@ def _likely_ids(learner: OnlineEM | BatchEM) -> list[Field]:
 def report_counts(console: Console, quarantine: Quarantine, left_out: Counter[str], ignored: dict[str, int]) -> None:
     """Say how many events, and values of which fields, were left out."""
     if quarantine.count:
-        say(console, f"{quarantine.count:,} events could not be used and are in quarantine:", "yellow")
-        for reason, count in quarantine.reasons.most_common(5):
+        are = "is" if quarantine.count == 1 else "are"
+        say(console, f"{counted(quarantine.count, 'event')} could not be used and {are} in quarantine:", "yellow")
+        # Behind a quote left open, which counts as one event, many may have been lost.
+        reasons = sorted(quarantine.reasons.items(), key=lambda one: (OPEN_QUOTE not in one[0], -one[1]))
+        for reason, count in reasons[:_MOST_REASONS]:
             say(console, f"  {count:,} × {reason}")
-        if len(quarantine.reasons) > 5:
-            say(console, f"  and {len(quarantine.reasons) - 5} more reasons")
+        if len(reasons) > _MOST_REASONS:
+            say(console, f"  and {counted(len(reasons) - _MOST_REASONS, 'more reason')}")
     for name, count in Counter(ignored).most_common(5):
-        say(console, f"field {name!r} is not in the schema and was ignored in {count:,} events", "yellow")
+        say(console, f"field {name!r} is not in the schema and was ignored in {counted(count, 'event')}", "yellow")
     if len(ignored) > 5:
-        say(console, f"and so were {len(ignored) - 5:,} more fields", "yellow")
+        say(console, f"the same goes for {counted(len(ignored) - 5, 'more field')}", "yellow")
     for name, count in left_out.items():
-        say(console, f"field {name!r} of {count:,} events has no place in the scored events", "yellow")
+        say(console, f"field {name!r} of {counted(count, 'event')} has no place in the scored events", "yellow")
 
 
 def list_files(console: Console, paths: Iterable[Path | str]) -> None:

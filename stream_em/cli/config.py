@@ -96,6 +96,8 @@ class SourceSection(Section):
     """Other columns kept from the model; they are carried into the scored events."""
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
     """Separator of CSV cells; default a comma, a tab for .tsv files."""
+    quote: Annotated[str, Field(max_length=1)] | None = '"'
+    """What CSV cells with separators or line breaks stand between; null: nothing, quotes are ordinary characters."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """Stop after this many events."""
 
@@ -109,10 +111,22 @@ class SourceSection(Section):
         """Return the key and value that would keep these columns from the model as well."""
         return f"source.exclude=[{', '.join([*self.exclude, *names])}]"
 
+    @property
+    def has_own_cells(self) -> bool:
+        """Whether the cells of a CSV file are separated or quoted in another way than is assumed."""
+        return self.delimiter is not None or self.quote != '"'
+
+    @field_validator("quote")
+    @classmethod
+    def _no_quote(cls, quote: str | None) -> str | None:
+        return quote or None
+
     @model_validator(mode="after")
     def _one_origin(self) -> SourceSection:
         if sum(origin is not None for origin in (self.path, self.river, self.kafka)) != 1:
             raise ValueError("expected exactly one of 'path', 'river' and 'kafka'")
+        if self.kafka is not None and self.has_own_cells:
+            raise ValueError("delimiter and quote are for CSV, and a topic holds JSON; leave them out")
         field = None if self.kafka is None else self.kafka.timestamp_field
         if field is not None and field not in (self.time, *self.exclude):
             raise ValueError(f"kafka.timestamp_field: name {field!r} in source.time or source.exclude, too")
@@ -390,9 +404,7 @@ def _override(content: dict[str, Any], text: str) -> tuple[str, ...]:
     key, sign, value = text.partition("=")
     keys = tuple(key.strip().split("."))
     if not sign or not all(keys):
-        raise ConfigError(
-            f"{text!r}: expected section.key=value, as in learner.batch_size=500{_nearest_path(keys, ())}"
-        )
+        raise ConfigError(f"{text!r}: expected section.key=value, as in learner.batch_size=500{_with_sign(text)}")
     # Names of data fields may hold dots; nothing else has a free name at the end.
     for free in (("schema", "fields"), ("model", "families")):
         if keys[:2] == free and len(keys) > 3:
@@ -653,15 +665,29 @@ def _default(info: FieldInfo) -> str:
 
 def _nearest_path(keys: Sequence[str], valid: Sequence[str]) -> str:
     """The dotted path that was probably meant, or else the keys that there are."""
+    near = _near_path(keys)
+    if near is not None:
+        return f"; did you mean {near!r}?"
+    return f" (there are: {', '.join(valid)})" if valid else ""
+
+
+def _near_path(keys: Sequence[str]) -> str | None:
     paths = list(dict.fromkeys(_all_paths()))
+    path = ".".join(keys)
+    if path in paths:
+        return path
     by_name = {path.rpartition(".")[2]: path for path in reversed(paths)}
     near = difflib.get_close_matches(keys[-1], by_name, n=1, cutoff=0.8)
     if near:
-        return f"; did you mean {by_name[near[0]]!r}?"
-    near = difflib.get_close_matches(".".join(keys), paths, n=1, cutoff=0.7)
-    if near:
-        return f"; did you mean {near[0]!r}?"
-    return f" (there are: {', '.join(valid)})" if valid else ""
+        return by_name[near[0]]
+    return next(iter(difflib.get_close_matches(path, paths, n=1, cutoff=0.7)), None)
+
+
+def _with_sign(text: str) -> str:
+    """What was probably meant by an override with a space or a colon for its sign, or with none."""
+    key, *value = re.split(r"[\s:=]+", text.strip(), maxsplit=1)
+    near = _near_path(key.split("."))
+    return "" if near is None else f"; did you mean '{near}={''.join(value) or '...'}'?"
 
 
 def _shown(value: object) -> str:

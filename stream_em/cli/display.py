@@ -54,7 +54,7 @@ class Progress:
         self._shown = time.perf_counter()
         rate = (n_events - self._n_before) / max(self.seconds, 1e-9)
         _log.info("progress", extra={"fields": {"n_events": n_events, "events_per_second": round(rate)}})
-        parts = [f"{n_events:,} events", f"{rate:,.0f} events/s"]
+        parts = [counted(n_events, "event"), f"{rate:,.0f} events/s"]
         parts.extend(f"{name.replace('_', ' ')} {value}" for name, value in facts.items())
         line = " · ".join(parts)
         if self._live is None:
@@ -77,6 +77,16 @@ def say(console: Console, text: str, style: str | None = None) -> None:
     # Data may hold what has no UTF-8 (an unpaired surrogate).
     text = text.encode("utf-8", "backslashreplace").decode()
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """A number and what is counted, in the singular or the plural.
+
+    >>> counted(1, "event"), counted(1_000, "event"), counted(0, "anomaly", "anomalies")
+    ('1 event', '1,000 events', '0 anomalies')
+
+    """
+    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
 
 
 def component_table(learner: OnlineEM | BatchEM, n_fields: int = 4) -> Table:

@@ -33,7 +33,7 @@ from stream_em.cli.common import (
     tell_likely_ids,
 )
 from stream_em.cli.config import Config
-from stream_em.cli.display import Progress, say
+from stream_em.cli.display import Progress, counted, say
 from stream_em.cli.outputs import Quarantine, only_writer
 from stream_em.cli.ranking import LabelledRanking
 from stream_em.cli.stopping import StopRequest, signal_name
@@ -116,8 +116,8 @@ def fit(config: Config, console: Console, *, read: Sequence[Path] = ()) -> None:
     ending = "converged" if fitted.converged else "stopped before it converged: raise learner.max_iter"
     say(
         console,
-        f"{fitted.n_events:,} events from {source.name}, {passes} passes in {seconds:.1f} s "
-        f"({n_read / seconds:,.0f} events/s), {n_iterations} iterations, {ending}; "
+        f"{counted(fitted.n_events, 'event')} from {source.name}, {counted(passes, 'pass', 'passes')} in "
+        f"{seconds:.1f} s ({n_read / seconds:,.0f} events/s), {counted(n_iterations, 'iteration')}, {ending}; "
         f"mean log-posterior {fitted.history[-1]:.4f}",
         "bold",
     )
@@ -178,7 +178,7 @@ def score(snapshot: Path, config: Config, console: Console, *, read: Sequence[Pa
         )
     say(
         console,
-        f"{scored.count:,} events from {source.name} scored in {seconds:.1f} s "
+        f"{counted(scored.count, 'event')} from {source.name} scored in {seconds:.1f} s "
         f"({scored.count / seconds:,.0f} events/s), mean log-likelihood {total / scored.count:.4f}",
         "bold",
     )

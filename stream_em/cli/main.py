@@ -41,7 +41,7 @@ from stream_em import (
 )
 from stream_em.cli import jobs
 from stream_em.cli.common import DataError, draw_learner, load_learner
-from stream_em.cli.display import component_table, facts_table, say
+from stream_em.cli.display import component_table, counted, facts_table, say
 from stream_em.cli.monitoring import Monitor, json_log, served
 from stream_em.cli.outputs import OutputError
 from stream_em.cli.run import run as run_job
@@ -385,7 +385,7 @@ def merge(
     save(merged, output)
     console = Console()
     console.print(component_table(merged))
-    say(console, f"wrote {output} ({merged.n_events:,} events)")
+    say(console, f"wrote {output} ({counted(merged.n_events, 'event')})")
 
 
 def _version(wanted: bool) -> None:

@@ -239,7 +239,7 @@ class GrowingFile(PendingFile):
             self.discard(keep=self.pending.stat().st_size > 0)
             raise OutputError(
                 f"{path}: the first {length:,} bytes, which the job has written, are not there as they were; put them "
-                "back, or start afresh"
+                "back, or start anew with --fresh"
             )
         self.stream.truncate(length)
         self.stream.seek(length)

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from rich.console import Console
 
 from stream_em.cli.config import SourceSection
-from stream_em.cli.display import say
+from stream_em.cli.display import counted, say
 from stream_em.cli.packing import pack, unpack
 
 # Up to here the scores themselves are kept and the area is exact. After that they are counted in bins.
@@ -210,7 +210,7 @@ class LabelledRanking:
             say(
                 console,
                 f"ROC-AUC of -log p(x) against the labels{those}: {score.area:.4f}{bound} "
-                f"({score.n_anomalous:,} anomalies, {score.n_normal:,} normal{unlabelled})",
+                f"({counted(score.n_anomalous, 'anomaly', 'anomalies')}, {score.n_normal:,} normal{unlabelled})",
                 "bold green",
             )
 

@@ -37,13 +37,14 @@ from stream_em.cli.common import (
     tell_likely_ids,
 )
 from stream_em.cli.config import Config
-from stream_em.cli.display import Progress, say
+from stream_em.cli.display import Progress, counted, say
 from stream_em.cli.history import History
 from stream_em.cli.outputs import Output, Quarantine, ScoreSink, is_pending, only_writer
 from stream_em.cli.ranking import LabelledRanking
 from stream_em.cli.scored_topic import ScoredTopic
 from stream_em.cli.stopping import StopRequest, signal_name
 from stream_em.sources import Chunk, Position, Rejection, Source
+from stream_em.sources.faults import ChangedSourceError
 from stream_em.store import remove_leftovers
 
 _log = logging.getLogger(__name__)
@@ -161,7 +162,8 @@ class _Run:
             say(
                 self._console,
                 "a job that wrote to this folder was killed, and left no checkpoint (this one makes the first after "
-                f"{self._checkpoint_every:,} events, see output.checkpoint_every): starting at the first event",
+                f"{counted(self._checkpoint_every, 'event')}, see output.checkpoint_every): starting at the first "
+                "event",
                 "yellow",
             )
         self._start(checkpoint, learner)
@@ -187,7 +189,7 @@ class _Run:
         if checkpoint is not None:
             say(
                 self._console,
-                f"going on after {checkpoint.position['index']:,} events of {self._source.name}, where "
+                f"going on after {counted(checkpoint.position['index'], 'event')} of {self._source.name}, where "
                 f"{self._snapshot_path} was written (--fresh would start anew)",
                 "yellow",
             )
@@ -281,8 +283,8 @@ class _Run:
             prediction = learner.predict_then_update(batch)
         except FamilyError as error:
             raise DataError(
-                f"{self._source.name}: a new field came after {self.n_events:,} events and the model cannot take it "
-                f"({error}); declare it in schema.fields, or set schema.unknown=ignore"
+                f"{self._source.name}: a new field came after {counted(self.n_events, 'event')} and the model "
+                f"cannot take it ({error}); declare it in schema.fields, or set schema.unknown=ignore"
             ) from error
         kept = answers.add(row, batch, prediction, n_warm)
         log_prob = prediction.log_prob[n_warm:]
@@ -384,7 +386,7 @@ class _Run:
         of_them = "" if n_now == self.n_events else f", {n_now:,} of them now,"
         say(
             console,
-            f"{self.n_events:,} events from {self._source.name}{of_them} in {seconds:.1f} s "
+            f"{counted(self.n_events, 'event')} from {self._source.name}{of_them} in {seconds:.1f} s "
             f"({n_now / seconds:,.0f} events/s), mean log-likelihood {history.shown_mean}, "
             f"effective components {learner.effective_components:.2f}",
             "bold",
@@ -392,8 +394,8 @@ class _Run:
         if self._sinks:
             say(
                 console,
-                f"{self._n_warm_up:,} events came within the warm-up, before there was a mixture: their component and "
-                "log_prob are null",
+                f"{counted(self._n_warm_up, 'event')} came within the warm-up, before there was a mixture: their "
+                "component and log_prob are null",
             )
         left_out = sum((sink.left_out for sink in self._sinks.values()), Counter[str]())
         report(console, learner, self._config, self._quarantine, left_out)
@@ -416,10 +418,13 @@ class _Run:
         }
         _log.info("finished", extra={"fields": told})
 
-    def __exit__(self, kind: type[BaseException] | None, _: object, __: TracebackType | None) -> None:
-        if kind is None:
+    def __exit__(self, _: object, error: BaseException | None, __: TracebackType | None) -> None:
+        if error is None:
             return
         self._close()
+        if isinstance(error, ChangedSourceError):
+            # The same command would be refused again.
+            raise DataError(f"{error} (--fresh)") from error
         if self._can_go_on:
             say(
                 Console(stderr=True, quiet=self._console.quiet),

@@ -15,7 +15,15 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
 from stream_em.columns import Roles, parse_number, seconds_of
-from stream_em.sources.faults import LONGEST_CSV_EVENT, SourceError, check_columns, different_columns, guarded, reading
+from stream_em.sources.faults import (
+    LONGEST_CSV_EVENT,
+    OPEN_QUOTE,
+    SourceError,
+    check_columns,
+    different_columns,
+    guarded,
+    reading,
+)
 from stream_em.sources.files import ByteStream, files_after, open_binary
 from stream_em.sources.pieces import Piece, Position, Rejection, grouped
 
@@ -40,10 +48,11 @@ class CsvFiles:
     restartable = True
     live = False
 
-    def __init__(self, name: str, paths: list[str], delimiter: str | None) -> None:
+    def __init__(self, name: str, paths: list[str], delimiter: str | None, quote: str | None) -> None:
         self.name = name
         self.paths: Sequence[str] = paths
         self.delimiter = delimiter
+        self.quote = quote
 
     def pieces(self, rows: int, roles: Roles, after: Position) -> Iterator[Piece]:  # noqa: D102 - as Reader's
         columns = _CsvColumns.at(after, roles)
@@ -53,7 +62,7 @@ class CsvFiles:
                 stream = open_binary(path)
             with stream:
                 delimiter = self.delimiter or ("\t" if ".tsv" in Path(path).suffixes else ",")
-                names, _ = _csv_header(stream, path, delimiter, assumed=self.delimiter is None)
+                names, _ = _csv_header(stream, path, delimiter, self.quote, assumed=self.delimiter is None)
                 if names is None:
                     continue
                 check_columns(path, names, roles)
@@ -62,7 +71,7 @@ class CsvFiles:
                 elif set(columns.names) != set(names):
                     raise SourceError(different_columns(path, names, columns.names, self.paths[0]))
                 place = {**place, "first": index}
-                for block in _parse_csv(stream, path, names, delimiter):
+                for block in _parse_csv(stream, path, names, delimiter, self.quote):
                     if index + len(block) > after.get("index", 0):
                         yield columns.piece(block, path, names, index, place)
                     index += len(block)
@@ -75,11 +84,12 @@ class CsvStream:
     restartable = False
     live = True
 
-    def __init__(self, stream: ByteStream, delimiter: str | None) -> None:
+    def __init__(self, stream: ByteStream, delimiter: str | None, quote: str | None) -> None:
         self.name = stream.name
         self.paths: Sequence[str] = [stream.name]
         self.delimiter = delimiter or ","
         self.assumed = delimiter is None
+        self.quote = quote
         self.stream = stream
 
     def pieces(self, rows: int, roles: Roles, after: Position) -> Iterator[Piece]:  # noqa: D102 - as Reader's
@@ -87,7 +97,7 @@ class CsvStream:
         columns = _CsvColumns.at(after, roles)
         self.stream.skip(after)
         if columns is None:
-            names, header = _csv_header(self.stream, self.name, self.delimiter, assumed=self.assumed)
+            names, header = _csv_header(self.stream, self.name, self.delimiter, self.quote, assumed=self.assumed)
             if names is None:
                 return
             check_columns(self.name, names, roles)
@@ -103,7 +113,7 @@ class CsvStream:
                 pa.RecordBatch.from_arrays(arrays, names=names),
                 np.array([one.line for one in group if len(one.cells) == len(names)], np.int64),
                 [
-                    (one.line, len(one.cells), _text(self.delimiter.encode().join(one.cells)))
+                    (one.line, len(one.cells), _text(one.raw.strip(b"\r\n")))
                     for one in group
                     if len(one.cells) != len(names)
                 ],
@@ -123,7 +133,7 @@ class CsvStream:
                 raw.append(one)
                 yield one.decode("utf-8", "surrogateescape")
 
-        for cells in guarded(csv.reader(texts(), delimiter=self.delimiter), self.name, "CSV"):
+        for cells in guarded(_csv_lines(texts(), self.delimiter, self.quote), self.name, "CSV"):
             if cells:
                 line += 1
                 yield _CsvLine(line, [cell.encode("utf-8", "surrogateescape") for cell in cells], b"".join(raw))
@@ -138,8 +148,14 @@ class _CsvLine(NamedTuple):
     raw: bytes
 
 
+def _csv_lines(lines: Iterator[str], delimiter: str, quote: str | None, *, strict: bool = False) -> Iterator[list[str]]:
+    if quote is None:
+        return csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE, strict=strict)
+    return csv.reader(lines, delimiter=delimiter, quotechar=quote, strict=strict)
+
+
 def _csv_header(
-    stream: IO[bytes] | ByteStream, path: str, delimiter: str, *, assumed: bool
+    stream: IO[bytes] | ByteStream, path: str, delimiter: str, quote: str | None, *, assumed: bool
 ) -> tuple[list[str] | None, bytes]:
     """Take the header off a stream: the names of the columns, None where there is nothing at all, and its bytes.
 
@@ -160,7 +176,7 @@ def _csv_header(
 
     with reading(path, "CSV"):
         # The parser takes one line, or as many as a name in quotes has.
-        names = next((cells for cells in csv.reader(lines(), delimiter=delimiter, strict=True) if cells), None)
+        names = next((cells for cells in _csv_lines(lines(), delimiter, quote, strict=True) if cells), None)
     if assumed and names is not None and len(names) == 1:
         for other in _DELIMITERS:
             if other != delimiter and other in names[0]:
@@ -183,7 +199,9 @@ class _CsvBlock:
         return len(self.lines) + len(self.ragged)
 
 
-def _parse_csv(stream: IO[bytes], path: str, names: list[str], delimiter: str) -> Iterator[_CsvBlock]:
+def _parse_csv(
+    stream: IO[bytes], path: str, names: list[str], delimiter: str, quote: str | None
+) -> Iterator[_CsvBlock]:
     """Parse by Arrow, in blocks of its own choice."""
     ragged: list[tuple[int, int, str]] = []
 
@@ -200,7 +218,10 @@ def _parse_csv(stream: IO[bytes], path: str, names: list[str], delimiter: str) -
                 # One thread: only then does Arrow number the rows it hands to `skip`.
                 read_options=pa_csv.ReadOptions(use_threads=False, column_names=names, block_size=LONGEST_CSV_EVENT),
                 parse_options=pa_csv.ParseOptions(
-                    delimiter=delimiter, invalid_row_handler=skip, newlines_in_values=True
+                    delimiter=delimiter,
+                    quote_char=quote or False,
+                    invalid_row_handler=skip,
+                    newlines_in_values=quote is not None,
                 ),
                 # As bytes: a cell that is no number, or no UTF-8, must cost its own row and not the run.
                 convert_options=pa_csv.ConvertOptions(column_types=schema),
@@ -251,8 +272,7 @@ class _CsvColumns:
                 number,
                 None,
                 None,
-                f"expected {len(names)} cells as in the header, got {n_cells}"
-                + ("; a quote may have been left open" if "\n" in text.strip() else ""),
+                f"expected {len(names)} cells as in the header, got {n_cells}{_spanned(text)}",
                 text,
             )
             for number, n_cells, text in block.ragged
@@ -268,9 +288,9 @@ class _CsvColumns:
                     bad.add(row)
                     number = int(block.lines[row])
                     event = {key: _text(cell) for key, cell in block.cells.slice(row, 1).to_pylist()[0].items()}
-                    rejected[number] = Rejection(
-                        int(positions[row]), path, number, name, event[name], _EXPECTED_CELL[kind], event
-                    )
+                    spanned = _spanned("".join(event.values())) if "\n" in event[name] else ""
+                    reason = _EXPECTED_CELL[kind] + spanned
+                    rejected[number] = Rejection(int(positions[row]), path, number, name, event[name], reason, event)
         typed = pa.RecordBatch.from_arrays(arrays, names=list(self.types))
         lines = block.lines
         if bad:
@@ -297,6 +317,12 @@ class _CsvColumns:
             return "numeric"
         words = {"true", "false"}
         return "flag" if sum(text.lower() in words for text in held) >= needed else "text"
+
+
+def _spanned(text: str) -> str:
+    """What to add to the reason where an event spans several lines."""
+    n_lines = 1 + text.rstrip("\r\n").count("\n")
+    return f"; {OPEN_QUOTE}: this event spans {n_lines:,} lines" if n_lines > 1 else ""
 
 
 def _text(cell: bytes | None) -> str:

@@ -16,12 +16,17 @@ from stream_em.columns import Roles
 # Longest event of a CSV file. Arrow parses block by block, and an event must fit into one; without an end, a
 # quote left open would take the rest of the file into memory.
 LONGEST_CSV_EVENT = 1 << 20
+OPEN_QUOTE = "a quote may have been left open"
 
 Item = TypeVar("Item")
 
 
 class SourceError(ValueError):
     """A source that cannot be read as a whole: absent, empty, truncated, or with the wrong columns."""
+
+
+class ChangedSourceError(SourceError):
+    """A source that is no longer what it was when a position in it was taken."""
 
 
 @contextmanager
@@ -36,8 +41,8 @@ def reading(path: str, what: str | None = None) -> Iterator[None]:
         for sign, most in (("straddling object", LONGEST_CSV_EVENT), ("field limit", csv.field_size_limit())):
             if sign in str(error):
                 raise SourceError(
-                    f"{path}: an event is longer than {most:,} bytes, which is the most here; a quote may have been "
-                    "left open"
+                    f"{path}: an event is longer than {most:,} bytes, which is the most here; {OPEN_QUOTE} "
+                    "(quote='' says that quotes are ordinary characters)"
                 ) from error
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         problem = f"read as {what}, it may be truncated or damaged" if what else "loaded"

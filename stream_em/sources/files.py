@@ -9,10 +9,12 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Self
 
-from stream_em.sources.faults import SourceError, nearest, reading
+from stream_em.sources.faults import ChangedSourceError, SourceError, nearest, reading
 from stream_em.sources.pieces import Position
 
 FORMATS = ("parquet", "csv", "jsonl")
+# What it is called by those who call the library, and by those who run a job.
+_KEY = "format (in a job: source.format)"
 _SUFFIXES = {
     ".parquet": "parquet",
     ".pq": "parquet",
@@ -34,7 +36,7 @@ def files_after(paths: Sequence[str], after: Position, *, may_grow: bool = True)
 
     Raises
     ------
-    SourceError
+    ChangedSourceError
         When the files are not those that were read up to the position.
 
     """
@@ -52,7 +54,7 @@ def files_after(paths: Sequence[str], after: Position, *, may_grow: bool = True)
         with reading(path):
             read.update(f"{path!r} {_size(path)} ".encode())
     if wanted is not None:
-        raise SourceError(
+        raise ChangedSourceError(
             f"{wanted}: events were read up to a place in this file, but now it is not among the files of the source, "
             "or those before it are not what they were; put them back, or start afresh"
         )
@@ -78,7 +80,7 @@ def _check_unchanged(path: str, place: Position, after: Position, may_grow: bool
     else:
         same = (now >= then if may_grow else now == then) and _start_of(path, then) == after["start"]
     if not same:
-        raise SourceError(
+        raise ChangedSourceError(
             f"{path}: has changed since events were read up to a place in it; put it back as it was, or start afresh"
         )
 
@@ -172,11 +174,11 @@ def format_of(paths: list[str]) -> str:
     for path, kind in formats.items():
         if kind is None:
             raise SourceError(
-                f"{path}: the format cannot be told from the name; set format to one of {', '.join(FORMATS)}"
+                f"{path}: the format cannot be told from the name; set {_KEY} to one of {', '.join(FORMATS)}"
             )
     kinds = {kind for kind in formats.values() if kind is not None}
     if len(kinds) > 1:
-        raise SourceError(f"the files have different formats ({', '.join(sorted(kinds))}); name one with format")
+        raise SourceError(f"the files have different formats ({', '.join(sorted(kinds))}); set {_KEY} to one of them")
     return kinds.pop()
 
 
@@ -231,7 +233,7 @@ class ByteStream:
 
         Raises
         ------
-        SourceError
+        ChangedSourceError
             When they are not those that were read up to it.
 
         """
@@ -243,7 +245,7 @@ class ByteStream:
         while (left := offset - self._offset) and (raw := self._stream.read(min(left, 1 << 20))):
             self.taken(raw)
         if offset and self.taken(b"")["digest"] != after["digest"]:
-            raise SourceError(
+            raise ChangedSourceError(
                 f"{self.name}: does not begin with the {offset:,} bytes that were read before; send the same stream "
                 "again from its start, or start afresh"
             )

@@ -76,7 +76,9 @@ def parse_event(line: bytes, index: int, path: str, number: int | None = None) -
     try:
         event = json.loads(line)
     except (ValueError, RecursionError) as error:
-        reason = f"expected a JSON object, but it does not parse: {error}"
+        # Its line and column are those in this line, and the line has another number in its file.
+        problem = error.msg if isinstance(error, json.JSONDecodeError) else error
+        reason = f"expected a JSON object, but it does not parse: {problem}"
     else:
         if not isinstance(event, dict):
             reason = f"expected a JSON object, got {type(event).__name__}"

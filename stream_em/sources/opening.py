@@ -34,6 +34,7 @@ def open_source(
     exclude: Sequence[str] = (),
     only: Sequence[str] | None = None,
     delimiter: str | None = None,
+    quote: str | None = '"',
     limit: int | None = None,
     leave_out: Collection[str | Path] = (),
 ) -> Source:
@@ -58,6 +59,9 @@ def open_source(
         The model's fields, when they are known already; every other column is kept from it.
     delimiter
         Separator of CSV cells; default a comma, or a tab for `.tsv`.
+    quote
+        What CSV cells that hold separators or line breaks stand between. Empty or None: nothing, and quotes are
+        ordinary characters.
     limit
         Stop after this many events.
     leave_out
@@ -66,7 +70,7 @@ def open_source(
     Raises
     ------
     SourceError
-        When there is nothing to read at `path`, or the format cannot be told.
+        When there is nothing to read at `path`, the format cannot be told, or it has no cells to separate or quote.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -83,7 +87,9 @@ def open_source(
         raise SourceError("a source needs either a path or the name of a River data set")
     if format != "auto" and format not in FORMATS:
         raise SourceError(f"format {format!r} is not one of auto, {', '.join(FORMATS)}")
+    quote = quote or None
     if river is not None:
+        _check_cells("a River data set", delimiter, quote)
         roles = Roles(label or "label", time, weight, tuple(exclude), None if only is None else tuple(only))
         return Source(RiverDataset(river, label or "label"), roles, limit)
     kinds = dict(fields or {})
@@ -92,14 +98,15 @@ def open_source(
     if any(str(item) == STANDARD_INPUT for item in given):
         if len(given) > 1:
             raise SourceError("standard input ('-') cannot be mixed with files")
-        return Source(_standard_input(format, delimiter), roles, limit)
+        return Source(_standard_input(format, delimiter, quote), roles, limit)
     paths, left_out = find_files(given, format, leave_out)
     kind = format_of(paths) if format == "auto" else format
+    _check_cells(kind, delimiter, quote)
     reader: Reader
     if kind == "parquet":
         reader = ParquetFiles(_name(given), paths)
     elif kind == "csv":
-        reader = CsvFiles(_name(given), paths, delimiter)
+        reader = CsvFiles(_name(given), paths, delimiter, quote)
     else:
         reader = JsonLines(_name(given), paths)
     return Source(reader, roles, limit, left_out)
@@ -109,12 +116,26 @@ def _name(given: Sequence[str | Path]) -> str:
     return str(given[0]) if len(given) == 1 else f"{given[0]} and {len(given) - 1} more"
 
 
-def _standard_input(format: str, delimiter: str | None) -> Reader:  # noqa: A002
+def _check_cells(kind: str, delimiter: str | None, quote: str | None) -> None:
+    """Refuse signs that no CSV file can have, and those of a source that has no cells."""
+    given = {"delimiter": delimiter not in (None, ""), "quote": quote != '"'}
+    if kind != "csv":
+        for name in (name for name, is_given in given.items() if is_given):
+            raise SourceError(f"{name} is for CSV, and the source is {kind}; leave it out")
+    for name, sign in (("delimiter", delimiter), ("quote", quote)):
+        if sign and (len(sign) > 1 or not sign.isascii() or sign in "\r\n"):
+            raise SourceError(f"{name}: expected one ASCII character within a line, got {sign!r}")
+    if quote and quote in (delimiter or ",\t"):
+        raise SourceError(f"quote: {quote!r} separates the cells; set another, or none")
+
+
+def _standard_input(format: str, delimiter: str | None, quote: str | None) -> Reader:  # noqa: A002
     stream = sys.stdin.buffer
     start = cast("io.BufferedReader", stream).peek(1) if format == "auto" else b""
     if format == "parquet" or start.startswith(_PARQUET_START):
         raise SourceError("standard input: Parquet needs a file, because its index stands at the end")
     if format == "auto":
         format = "jsonl" if start.lstrip()[:1] in (b"{", b"[") else "csv"  # noqa: A001
+    _check_cells(format, delimiter, quote)
     held = ByteStream(stream, "standard input")
-    return JsonLines(held.name, [held.name], held) if format == "jsonl" else CsvStream(held, delimiter)
+    return JsonLines(held.name, [held.name], held) if format == "jsonl" else CsvStream(held, delimiter, quote)

@@ -160,11 +160,13 @@ def test_cluster_events_by_key_and_from_a_refit(job: Callable[..., list[str]]) -
     rows = rows_of("keyed/scored-*.jsonl")
     assert len(rows) == 600
     assert sum(row["component"] is None for row in rows) == 3 * 60
-    last = max(Path("keyed/models/shop%200").iterdir())
+    (last,) = Path("keyed/models/shop%200").iterdir()
+    assert last.name == "last.arrow"
     assert load(last).n_events == payments()["shop"].to_pylist().count("shop 0")
     refit.run(job())
     cluster_events.run(job("--initial", "output/model.arrow", "--shards=2", output__folder="shared"))
-    assert load(max(Path("shared/models/@all").iterdir())).n_events == 600 + 600
+    assert [path.name for path in Path("shared/models/@all").iterdir()] == ["last.arrow"]
+    assert load("shared/models/@all/last.arrow").n_events == 600 + 600
     assert {row["component"] for row in rows_of("shared/scored-*.jsonl")} == {0, 1}
 
 
@@ -249,6 +251,12 @@ def test_options_that_do_not_go_together(job: Callable[..., list[str]]) -> None:
         cluster_events.run(job("--key", "shop", learner__structure="adaptive_components"))
     with pytest.raises(ConfigError, match="--snapshot FILE is needed"):
         score.run(job())
+    with pytest.raises(ConfigError, match=r"^model\.n_components=3: expected options; .* come after --set"):
+        refit.run([*job(), "--experiments", "use_x=1", "--unknown", "1", "model.n_components=3"])
+    with pytest.raises(ConfigError, match=r"^--shrds: no such option; did you mean '--shards'\?"):
+        cluster_events.run(job("--shrds", "2"))
+    with pytest.raises(ConfigError, match="--snapshot_every: is for --kafka"):
+        cluster_events.run(job("--key", "shop", "--snapshot_every", "60"))
     with pytest.raises(ConfigError, match=r"must not hold \*, \? or \["):
         refit.run(job(output__folder="'out[1]'"))
     with pytest.raises(ConfigError, match=r"output\.scored_events and output\.quarantine: .* would remove one another"):
