@@ -83,6 +83,13 @@ def save(learner: Learner, path: str | os.PathLike[str], *, metadata: Mapping[st
     metadata
         Anything of the caller's that JSON can hold.
 
+    Raises
+    ------
+    TypeError
+        When it is no learner; estimators of River and scikit-learn have a `to_snapshot` of their own.
+    SnapshotError
+        When it has nothing to save yet, or a setting or the metadata cannot be written.
+
     >>> import tempfile
     >>> from stream_em import Gaussian
     >>> learner = OnlineEM(Mixture(Gaussian(), 2), warm_up=4).update(np.array([[0.0], [0.1], [5.0], [5.1]]))
@@ -151,6 +158,7 @@ def metadata_from_bytes(content: bytes, *, source: str = "snapshot") -> dict[str
 
 def to_bytes(learner: Learner, *, metadata: Mapping[str, Any] | None = None) -> bytes:
     """Return the snapshot of a learner as bytes."""
+    _check_kind(learner)
     header, arrays = _state_of(learner)
     header["metadata"] = dict(metadata or {})
     try:
@@ -162,6 +170,12 @@ def to_bytes(learner: Learner, *, metadata: Mapping[str, Any] | None = None) -> 
     return write_rows(
         rows.replace_schema_metadata({**rows.schema.metadata, DIGEST_KEY: digest_of(text.encode(), rows)})
     )
+
+
+def _check_kind(learner: object) -> None:
+    if not isinstance(learner, Learner):
+        hint = ": its own method writes one, model.to_snapshot(path)" if hasattr(learner, "to_snapshot") else ""
+        raise TypeError(f"a snapshot is made of an OnlineEM or a BatchEM, got {type(learner).__name__}{hint}")
 
 
 def _plain_number(value: object) -> Any:

@@ -185,6 +185,19 @@ def test_unfitted_batch_learner_is_refused() -> None:
         to_bytes(BatchEM(Mixture(Gaussian(), 2)))
 
 
+class Estimator:
+    def to_snapshot(self, path: Path) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"), [(3, "got int$"), ("model", "got str$"), (Estimator(), r"got Estimator: .*to_snapshot\(path\)$")]
+)
+def test_what_is_no_learner_is_refused(given: Any, hint: str, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=f"an OnlineEM or a BatchEM, {hint}"):
+        save(given, tmp_path / "model.arrow")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_any_arrow_reader_opens_the_file(tmp_path: Path) -> None:
     learner = online(CASES["gaussian_diag"])
     save(learner, tmp_path / "model.arrow")

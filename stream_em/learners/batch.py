@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from stream_em.learners.fitted import Events, FittedMixture, NotFittedError, adapted, count_told
 from stream_em.learners.merging import check_mergeable, grown_statistics, origin_of
+from stream_em.learners.online import OnlineEM
 from stream_em.learners.progress import Progress
 from stream_em.methods import Iteration, Method, iterate, iterations
 from stream_em.models import Mixture, MixtureParameters
@@ -344,6 +345,27 @@ class BatchEM(FittedMixture):
             run = run.include(next(steps), self.tol, monotone=self.method is None)
             advance(f"mean log-posterior {run.objective:.6g}")
         return run
+
+    def to_online(self) -> OnlineEM:
+        """Return an online learner that goes on from the fit: with its components, and its events counted.
+
+        Raises
+        ------
+        NotFittedError
+            Before there is a fit.
+
+        >>> import numpy as np
+        >>> from stream_em import BatchEM, Gaussian, Mixture
+        >>> learner = BatchEM(Mixture(Gaussian(), 1)).fit(np.array([[1.0], [3.0]])).to_online()
+        >>> learner.update({"x0": 5.0}).n_events
+        3
+
+        """
+        learner = OnlineEM(self.model, schema=self.schema, initial_parameters=self.parameters, seed=self.seed)
+        if self.statistics is not None:
+            learner.resume(self.statistics, self.n_events)
+        learner.ignored_fields = self.ignored_fields
+        return learner
 
     def merge(self, other: BatchEM) -> BatchEM:
         """Return a fit whose statistics are those of both, after one more M-step; neither is changed.

@@ -210,7 +210,7 @@ class MixtureEstimator(base.Estimator):
         # None where the snapshot was written by something else, such as the command.
         kept = metadata_from_bytes(content, source=str(path)).get(METADATA_KEY) or {"params": {}}
         if isinstance(learner, BatchEM):
-            learner = _online(learner)
+            learner = learner.to_online()
         known = _params_of(learner)
         for name in known.keys() & params.keys() - set(cls.STEP_SIZES):
             if params[name] != known[name]:
@@ -507,15 +507,6 @@ def _raise_first(batch: Batch, *, but_empty: bool) -> None:
     for error in batch.rejected:
         if not (but_empty and error.field is None and error.value is None):
             raise error
-
-
-def _online(fitted: BatchEM) -> OnlineEM:
-    """Return an online learner that goes on from a batch fit."""
-    learner = OnlineEM(fitted.model, schema=fitted.schema, initial_parameters=fitted.parameters, seed=fitted.seed)
-    if fitted.statistics is not None:
-        learner.resume(fitted.statistics, fitted.n_events)
-    learner.ignored_fields = fitted.ignored_fields
-    return learner
 
 
 def _params_of(learner: OnlineEM) -> dict[str, Any]:

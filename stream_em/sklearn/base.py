@@ -8,8 +8,10 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import replace
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
@@ -24,7 +26,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 
 from stream_em.families import Gaussian
 from stream_em.families.gaussian import GaussianParameters
-from stream_em.learners import FittedMixture, Iteration, OnlineEM, iterations
+from stream_em.learners import BatchEM, FittedMixture, Iteration, OnlineEM, iterations
 from stream_em.learners.progress import Progress
 from stream_em.models import Mixture, MixtureParameters
 from stream_em.models.mixture import Posterior
@@ -33,7 +35,9 @@ from stream_em.schedules import Constant, Harmonic, RobbinsMonro, Schedule
 from stream_em.schema import Batch, Schema
 from stream_em.seeding import Reservoir, concatenate, k_means_responsibilities, points_for_k_means
 from stream_em.seeding import seed as seed_parameters
+from stream_em.sklearn.snapshots import METADATA_KEY, default_names, pace_of
 from stream_em.statistics import MergeError, Statistics
+from stream_em.store import from_bytes, metadata_from_bytes, save
 
 # Rows over which `n_init` starts compete.
 SAMPLE_ROWS = 10_000
@@ -43,6 +47,9 @@ LEAST_SEED_ROWS, SEED_ROWS_PER_MEAN = 2_000, 20
 
 # Rows scored at once: enough to fill the engine's blocks, few enough to keep memory near the result's size.
 CHUNK_ROWS = 32_768
+
+# Fitted attributes that a snapshot of the learner does not hold.
+KEPT = ("converged_", "n_iter_", "lower_bound_", "lower_bounds_", "n_samples_seen_")
 
 ILL_DEFINED = (
     "Components {} have ill-defined empirical covariance (for instance caused by singleton or collapsed samples): "
@@ -142,6 +149,13 @@ class BaseMixture(DensityMixin, BaseEstimator, ABC):  # type: ignore[misc]
     @abstractmethod
     def _mixture(self, schema: Schema) -> Mixture:
         """Return the mixture that the parameters describe, for these columns."""
+
+    def _described(self, fitted: FittedMixture) -> Mixture:
+        """Return the mixture that the parameters describe for the columns of a fitted one.
+
+        How events are assigned is no parameter, and may be another where it comes from a snapshot.
+        """
+        return replace(self._mixture(fitted._known_schema()), assignment=fitted.model.assignment)
 
     @abstractmethod
     def _fitted(self) -> FittedMixture:
@@ -413,6 +427,11 @@ class BaseMixture(DensityMixin, BaseEstimator, ABC):  # type: ignore[misc]
         return self
 
     def _set_pace(self, learner: OnlineEM) -> None:
+        if learner.schedule.half_life is not None:
+            raise ValueError(
+                "the mixture comes from a snapshot that forgets by event time, and samples have no time here: it can "
+                "predict but not learn; go on with stream_em.load(path).update(events, time=...), or call fit"
+            )
         schedule, batch_size = self._schedule(), int(self.batch_size)
         learner.warm_up = learner.first_m_step = self._rows(len(learner._known_schema()))
         # Setting either costs the learner its compiled state.
@@ -447,14 +466,20 @@ class BaseMixture(DensityMixin, BaseEstimator, ABC):  # type: ignore[misc]
         if learner is not None and not self._is_published(learner.parameters):
             learner = None
         fitted = self._fitted() if learner is None else learner
-        described = self._mixture(fitted._known_schema())
+        described = self._described(fitted)
         same = _same_shape(fitted.model, described) if learner is None else learner.model == described
         if not same:
             raise ValueError(
-                "partial_fit goes on with the mixture that was fitted, but parameters that describe it were changed "
-                f"since: it was {fitted.model}, it is {described}; call fit, or set them back"
+                "partial_fit and snapshots go on with the mixture that was fitted, but parameters that describe it "
+                f"were changed since: it was {fitted.model}, it is {described}; call fit, or set them back"
             )
-        return self._make_learner(described, fitted._known_schema(), fitted.parameters) if learner is None else learner
+        if learner is not None:
+            return learner
+        start, total = fitted.parameters, fitted.parameters.weights.sum()
+        if not math.isclose(total, 1.0, rel_tol=1e-9):
+            # Rounded to float32, for instance.
+            start = replace(start, weights=start.weights / total)
+        return self._make_learner(described, fitted._known_schema(), start)
 
     def _rows(self, n_fields: int) -> int:
         """Return the samples that it takes to tell components apart."""
@@ -559,6 +584,160 @@ class BaseMixture(DensityMixin, BaseEstimator, ABC):  # type: ignore[misc]
         twin.n_samples_seen_ = learner.n_events
         twin._publish(learner.parameters)
         return twin
+
+    # Snapshots.
+
+    @classmethod
+    @abstractmethod
+    def _described_by(cls, learner: OnlineEM) -> dict[str, Any]:
+        """Return the parameters that describe the mixture of a learner."""
+
+    @classmethod
+    def _suited(cls, learner: OnlineEM, source: str) -> OnlineEM:
+        """Return the learner as the estimator can hold it."""
+        return learner
+
+    def _plain_params(self) -> dict[str, Any]:
+        """Return the parameters as plain data; a generator of random numbers is none."""
+        params: dict[str, Any] = self.get_params(deep=False)
+        if not isinstance(self.random_state, Integral):
+            params["random_state"] = None
+        return params
+
+    @classmethod
+    def _params_from_plain(cls, plain: dict[str, Any]) -> dict[str, Any]:
+        return plain
+
+    def _kept(self) -> dict[str, Any]:
+        """Return, as plain data, what a snapshot of the learner does not hold."""
+        attributes = {name: getattr(self, name) for name in KEPT if hasattr(self, name)}
+        if not math.isfinite(attributes.get("lower_bound_", 0.0)):
+            del attributes["lower_bound_"]
+        return {
+            "class": type(self).__name__,
+            "params": self._plain_params(),
+            "attributes": attributes,
+            "dtype": np.dtype(self._dtype).name,
+            "named": hasattr(self, "feature_names_in_"),
+        }
+
+    def _adopt(self, learner: OnlineEM, kept: dict[str, Any]) -> None:
+        """Take the state of a learner, and what `_kept` returned."""
+        names = learner._known_schema().names
+        self._learner = learner
+        self._dtype = dtype = np.dtype(kept.get("dtype", "float64"))
+        self.n_features_in_ = len(names)
+        if kept.get("named", names != default_names(len(names))):
+            self.feature_names_in_ = np.array(names, dtype=object)
+        attributes = {"lower_bound_": -math.inf, **kept["attributes"]}
+        for name in KEPT:
+            if name in attributes:
+                setattr(self, name, attributes[name])
+        self.lower_bound_ = dtype.type(self.lower_bound_)
+        self.lower_bounds_ = list(np.array(self.lower_bounds_, dtype=dtype))
+        self._publish(learner.parameters)
+
+    def to_learner(self) -> OnlineEM:
+        """Return a copy of the learner, with its parameters and statistics; it goes on from here on its own.
+
+        Returns
+        -------
+        learner : stream_em.OnlineEM
+            Its components come in the order of the labels. Where fitted attributes were set or converted it has learned
+            nothing yet, as `partial_fit` goes on then.
+
+        Raises
+        ------
+        ValueError
+            When parameters that describe the mixture were changed since the fit.
+
+        """
+        check_is_fitted(self)
+        return deepcopy(self._current_learner())
+
+    def to_snapshot(self, path: str | Path) -> None:
+        """Write what was learned to a snapshot file, which `stream_em.load`, River's estimators and the command read.
+
+        Parameters
+        ----------
+        path : str or Path
+            The file; an existing one is replaced, all or nothing. It holds data and no code, so a `random_state` that
+            is a generator is left out.
+
+        Raises
+        ------
+        ValueError
+            When parameters that describe the mixture were changed since the fit.
+
+        """
+        save(self.to_learner(), path, metadata={METADATA_KEY: self._kept()})
+
+    @classmethod
+    def from_snapshot(cls, path: str | Path, **params: Any) -> Self:
+        """Return the mixture that a snapshot holds, for instance one of `stream-em run` or of River's estimators.
+
+        Parameters
+        ----------
+        path : str or Path
+            The snapshot file.
+        **params
+            Parameters to go on with, such as `step_size`; those that describe the mixture are the snapshot's.
+
+        Returns
+        -------
+        mixture : object
+            It predicts as what was saved, and `partial_fit` goes on as that would have. One from elsewhere that forgets
+            by event time only predicts. Labels are positions of components, not ids that another numbering gave them.
+
+        Raises
+        ------
+        ValueError
+            When the class cannot hold the mixture, or a parameter is another than that of the snapshot.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from stream_em.sklearn import GaussianMixture
+        >>> gm = GaussianMixture().fit(np.array([[1.0], [3.0]]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     gm.to_snapshot(f"{folder}/model.arrow")
+        ...     again = GaussianMixture.from_snapshot(f"{folder}/model.arrow")
+        >>> again.means_
+        array([[2.]])
+
+        """
+        content = Path(path).read_bytes()
+        found = from_bytes(content, source=str(path))
+        learner = found.to_online() if isinstance(found, BatchEM) else found
+        if learner.warming_up and not learner._buffer:
+            raise ValueError(f"{path}: the snapshot holds a learner that has seen no event yet, which is no mixture")
+        learner = cls._suited(learner, str(path))
+        kept = metadata_from_bytes(content, source=str(path)).get(METADATA_KEY)
+        if kept is not None and kept["class"] == cls.__name__:
+            known = cls._params_from_plain(kept["params"])
+        else:
+            known = {**cls._described_by(learner), **pace_of(learner)}
+            attributes = {
+                "converged_": isinstance(found, BatchEM) and found.converged,
+                "n_iter_": len(found.history) if isinstance(found, BatchEM) else 0,
+                "lower_bounds_": [],
+                "n_samples_seen_": learner.n_events,
+            }
+            statistics = learner.statistics
+            if statistics is not None:
+                attributes["lower_bound_"] = statistics.log_likelihood / statistics.total_weight
+            kept = {"attributes": attributes}
+        mixture = cls(**{**known, **params})
+        mixture._validate_params()
+        mixture._adopt(learner, kept)
+        described = mixture._described(learner)
+        if described != learner.model:
+            raise ValueError(
+                f"{path}: the snapshot holds {learner.model}, and {params} would make it {described}; leave out what "
+                "describes the mixture, or fit anew"
+            )
+        return mixture
 
     # Prediction.
 

@@ -20,10 +20,11 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from stream_em.describe import ComponentDescription
 from stream_em.families import BY_NAME, OF_KIND, Family, Product, automatic_family, kind_for
 from stream_em.families.gaussian import CovarianceType
-from stream_em.learners import FittedMixture, Iteration
+from stream_em.learners import FittedMixture, Iteration, OnlineEM
 from stream_em.models import Mixture, MixtureParameters
 from stream_em.schema import OTHER, Batch, Field, Kind, Schema, SchemaError, in_memory
 from stream_em.sklearn.base import BaseMixture, check_given, check_listed
+from stream_em.sklearn.snapshots import families_from_plain, plain_families
 
 
 class MixtureModel(BaseMixture):
@@ -38,10 +39,11 @@ class MixtureModel(BaseMixture):
     ----------
     n_components : int, default=1
         The number of mixture components.
-    families : mapping, default=None
+    families : mapping or family, default=None
         Families by column name: 'gaussian', 'poisson' (counts), 'exponential' (durations), 'bernoulli' (flags),
         'categorical', or a family such as `stream_em.Gaussian("diag")`. A tuple of names gives these columns
-        one family together; no column may have two. The columns of an array are called x0, x1 and so on.
+        one family together; no column may have two. The columns of an array are called x0, x1 and so on. A family
+        instead of a mapping is that of all columns together; a `stream_em.Product` names them itself.
     covariance_type : {'full', 'tied', 'diag', 'spherical'}, default='full'
         Covariance of the numeric columns.
     prior_weight : float, default=0.01
@@ -86,7 +88,7 @@ class MixtureModel(BaseMixture):
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **BaseMixture._parameter_constraints,
-        "families": [Mapping, None],
+        "families": [Mapping, Family, None],
         "prior_weight": [Interval(Real, 0.0, None, closed="neither")],
         "max_categories": [Interval(Integral, 1, None, closed="left")],
     }
@@ -96,7 +98,7 @@ class MixtureModel(BaseMixture):
         self,
         n_components: int = 1,
         *,
-        families: Mapping[Any, str | Family] | None = None,
+        families: Mapping[Any, str | Family] | Family | None = None,
         covariance_type: CovarianceType = "full",
         prior_weight: float = 0.01,
         max_categories: int = 32,
@@ -186,10 +188,16 @@ class MixtureModel(BaseMixture):
                     stacklevel=stacklevel,
                 )
 
+    def _chosen(self, columns: Schema) -> Mapping[Any, str | Family]:
+        """Return what `families` says of the columns."""
+        if isinstance(self.families, Product):
+            return self.families.families
+        return {columns.names: self.families} if isinstance(self.families, Family) else self.families or {}
+
     def _with_kinds(self, inferred: Schema) -> Schema:
         """Return the columns with the kinds that their types and `families` give them."""
         chosen: dict[str, str | Family] = {}
-        for key, family in (self.families or {}).items():
+        for key, family in self._chosen(inferred).items():
             for name in _names_of(key):
                 if name in chosen:
                     raise ValueError(f"families gives column {name!r} two: {chosen[name]!r} and {family!r}; choose one")
@@ -207,6 +215,8 @@ class MixtureModel(BaseMixture):
     def _mixture(self, schema: Schema) -> Mixture:
         # By today's `families`, which may have been changed since the fit that `schema` is of.
         fields = self._with_kinds(self._inferred).fields
+        if isinstance(self.families, Family):
+            return Mixture(self.families, int(self.n_components), prior_weight=float(self.prior_weight))
         chosen = {key: one for key, one in (self.families or {}).items() if isinstance(one, Family)}
         taken = {name for key in chosen for name in _names_of(key)}
         rest = [one for one in fields if one.name not in taken]
@@ -232,6 +242,36 @@ class MixtureModel(BaseMixture):
         self.weights_ = parameters.weights
         self.parameters_ = parameters.components
         self.family_ = self._learner.model.family
+
+    @classmethod
+    def _described_by(cls, learner: OnlineEM) -> dict[str, Any]:
+        return {
+            "n_components": learner.model.n_components,
+            "families": learner.model.family,
+            "prior_weight": learner.model.prior_weight,
+            "max_categories": max(one.max_categories for one in learner._known_schema().fields),
+        }
+
+    def _plain_params(self) -> dict[str, Any]:
+        return {**super()._plain_params(), "families": plain_families(self.families)}
+
+    @classmethod
+    def _params_from_plain(cls, plain: dict[str, Any]) -> dict[str, Any]:
+        return {**plain, "families": families_from_plain(plain["families"])}
+
+    def _kept(self) -> dict[str, Any]:
+        kinds = [one.kind for one in self._inferred.fields]
+        return {**super()._kept(), "from_frame": self._from_frame, "inferred": kinds}
+
+    def _adopt(self, learner: OnlineEM, kept: dict[str, Any]) -> None:
+        super()._adopt(learner, kept)
+        fields = learner._known_schema().fields
+        kinds = kept.get("inferred", [one.kind for one in fields])
+        self._inferred = Schema(
+            [Field(one.name, kind, max_categories=one.max_categories) for one, kind in zip(fields, kinds)]
+        )
+        self._from_frame = kept.get("from_frame", hasattr(self, "feature_names_in_"))
+        self._overflowed = frozenset()
 
     def describe(self) -> list[ComponentDescription]:
         """Return the components by falling weight, with the columns that set each apart.

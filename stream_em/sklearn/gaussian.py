@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from numbers import Real
 from typing import Any, ClassVar, Literal, Self
 
@@ -23,6 +24,7 @@ from stream_em.models import Mixture, MixtureParameters
 from stream_em.numerics import LARGEST_VALUE, Array, cholesky
 from stream_em.schema import Batch, Field, Schema
 from stream_em.sklearn.base import BaseMixture, check_given, check_listed, nearest
+from stream_em.sklearn.snapshots import default_names, over_one_gaussian
 
 # scikit-learn has no prior: this one only keeps a component without any event defined.
 PRIOR_WEIGHT = 1e-25
@@ -265,7 +267,7 @@ class GaussianMixture(BaseMixture):
 
     def _names(self, n_features: int) -> list[str]:
         names = getattr(self, "feature_names_in_", None)
-        return [f"x{column}" for column in range(n_features)] if names is None else [str(name) for name in names]
+        return [*default_names(n_features)] if names is None else [str(name) for name in names]
 
     def _schema(self, n_features: int) -> Schema:
         return Schema([Field(name, "numeric") for name in self._names(n_features)])
@@ -273,6 +275,29 @@ class GaussianMixture(BaseMixture):
     def _mixture(self, schema: Schema) -> Mixture:
         family = Gaussian(self.covariance_type, float(self.reg_covar))
         return Mixture(family, int(self.n_components), prior_weight=PRIOR_WEIGHT)
+
+    def _described(self, fitted: FittedMixture) -> Mixture:
+        # The prior of a snapshot from elsewhere stays, but is no parameter.
+        return replace(super()._described(fitted), prior_weight=fitted.model.prior_weight)
+
+    @classmethod
+    def _suited(cls, learner: OnlineEM, source: str) -> OnlineEM:
+        return over_one_gaussian(learner, source)
+
+    @classmethod
+    def _described_by(cls, learner: OnlineEM) -> dict[str, Any]:
+        family = learner.model.family
+        assert isinstance(family, Gaussian)
+        return {
+            "n_components": learner.model.n_components,
+            "covariance_type": family.covariance_type,
+            "reg_covar": family.reg_covar,
+        }
+
+    def _plain_params(self) -> dict[str, Any]:
+        params = super()._plain_params()
+        given = {name: params[name] for name in ("weights_init", "means_init", "precisions_init")}
+        return {**params, **{name: np.asarray(one).tolist() for name, one in given.items() if one is not None}}
 
     def _bound(self, iteration: Iteration) -> float:
         return iteration.statistics.log_likelihood / iteration.statistics.total_weight

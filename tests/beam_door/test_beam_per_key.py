@@ -162,10 +162,10 @@ def test_what_cannot_be_used_is_told_and_nothing_else_is_lost() -> None:
     for number, reason in (
         (1, "field 'x': got '?', expected a number"),
         (1, "expected at least one field with a value"),
-        (6, "key: got None, expected a string"),
-        (1, "key: got 1.5, expected a string"),
-        (1, "key: got True, expected a string"),
-        (1, "key: got ('a', None), expected a string"),
+        (6, "key, column 'shop': got None, expected a string"),
+        (1, "key, column 'shop': got 1.5, expected a string"),
+        (1, "key, column 'shop': got True, expected a string"),
+        (1, "key, column 'shop': got ('a', None), expected a string"),
         (1, "got events of type str, which hold no key"),
         (1, "got events of type ndarray, which hold no key"),
     ):
