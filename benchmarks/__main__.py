@@ -21,14 +21,7 @@ SECTIONS = {
     "beam": beam_door.run,
 }
 
-
 PAGE = Path(__file__).parent / "README.md"
-HEAD = """# Benchmarks
-
-Printed by `make bench` (`python -m benchmarks --write`). Peers run in the same process or the same call, and the figure
-is a ratio; absolute times are those of one shared machine. Each section ends with the machine, versions and date.
-
-"""
 
 
 def main() -> None:
@@ -40,7 +33,9 @@ def main() -> None:
     chosen = arguments.only.split(",") if arguments.only else list(SECTIONS)
     if unknown := [name for name in chosen if name not in SECTIONS]:
         parser.error(f"unknown sections: {', '.join(unknown)}")
-    sections = dict(re.findall(r"<!-- (\w+) -->\n(.*?)\n<!-- end -->", PAGE.read_text(), re.DOTALL))
+    page = PAGE.read_text()
+    head = page[: page.index("<!-- ")]
+    sections = dict(re.findall(r"<!-- (\w+) -->\n(.*?)\n<!-- end -->", page, re.DOTALL))
     for name in chosen:
         print(name, flush=True)
         tables = "\n".join(table.markdown() for table in SECTIONS[name]())
@@ -48,7 +43,7 @@ def main() -> None:
         print(sections[name], flush=True)
         if arguments.write:
             parts = (f"<!-- {one} -->\n{sections[one]}\n<!-- end -->\n" for one in SECTIONS if one in sections)
-            PAGE.write_text(HEAD + "\n".join(parts))
+            PAGE.write_text(head + "\n".join(parts))
 
 
 if __name__ == "__main__":
