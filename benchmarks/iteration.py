@@ -11,6 +11,7 @@ from threadpoolctl import threadpool_limits
 
 from benchmarks.measure import Table, in_turn, verdict
 from stream_em import Batch, Gaussian, Mixture, MixtureParameters, OnlineEM, Schema
+from stream_em.learners.online import COMPILE_AFTER
 from stream_em.methods import LOADING_DENSITIES
 
 SIZES = ((2, 3), (4, 5), (8, 8), (16, 16), (32, 32), (64, 16))
@@ -85,7 +86,7 @@ def run() -> list[Table]:
                     learner.predict_then_update(piece)
 
             update(settled)
-            # What a thousand mini-batches would do by themselves: from now on compiled code takes those it can.
+            # What some thousands of mini-batches would do by themselves: from now on compiled code takes those it can.
             settled.kernel()
             with threadpool_limits(1):
                 theirs, numpy, ours, online, before = in_turn(
@@ -147,8 +148,8 @@ def run() -> list[Table]:
             "Online updates against the batch iteration",
             "`OnlineEM.predict_then_update` with batches of 1,000 rows of a NumPy array, the same events as above: "
             "encoding, one E-step that both scores and learns, merge, M-step. ns per event, in NumPy and in the "
-            "compiled code that takes over after a thousand mini-batches (up to 40 fields), and the latter's cost "
-            "against the batch iteration above in NumPy and in compiled code.",
+            f"compiled code that takes over after {COMPILE_AFTER:,} mini-batches (up to 40 fields), and the "
+            "latter's cost against the batch iteration above in NumPy and in compiled code.",
             (*head, "NumPy", "update", "of NumPy's", "target", "of the compiled", "target"),
             updates,
         ),

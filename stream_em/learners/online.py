@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 STEPS_NEED_EVENTS = "each step of the schedule is one mini-batch, which needs an event to move the statistics towards"
 M_STEPS_NEED_EVENTS = "an M-step needs the statistics of an event"
 
-# Mini-batches after which compiled code is worth loading.
-COMPILE_AFTER = 1_000
+# Mini-batches, of a thousand events, after which compiled code would have saved about as long as it takes to load.
+COMPILE_AFTER = 4_000
 Scored = list[tuple[Prediction, npt.NDArray[np.int64]]]
 """Predictions of the pieces of an update, with the ids of the components at the time."""
 

@@ -313,10 +313,10 @@ def test_a_fork_knows_the_types_of_the_columns() -> None:
             one.set_params(families=None).partial_fit(FRAME)
 
 
-def test_compiled_code_is_kept_between_calls_unless_the_pace_changes() -> None:
+def test_compiled_code_is_kept_between_calls_unless_the_pace_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stream_em.learners.online.COMPILE_AFTER", 1_000)
     numbers = FRAME[["amount", "hour"]]
     model = MixtureModel(2, random_state=0, batch_size=4, warm_up=40)
-    # Compiled code is loaded after a thousand mini-batches.
     for _ in range(8):
         model.partial_fit(numbers)
     kernel = model._learner._kernel
