@@ -88,6 +88,9 @@ def in_batches(**options: object) -> Step:
         at = start % POOL
         learner.predict_then_update(Batch(pool[:, at : at + CHUNK], drift.SCHEMA, time=start + np.arange(float(CHUNK))))
 
+    step(0)
+    # Compiled code, which takes over after thousands of mini-batches, is no leak, but would come between two looks.
+    learner.kernel()
     return step
 
 

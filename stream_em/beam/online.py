@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import apache_beam as beam
 import numpy as np
@@ -163,6 +163,8 @@ class OnlineUpdate(beam.PTransform):
 
     """
 
+    _key_called: ClassVar[str] = "key"
+
     def __init__(
         self,
         model: Mixture | None = None,
@@ -194,7 +196,6 @@ class OnlineUpdate(beam.PTransform):
         self.roles = Roles() if roles is None else roles
         self.snapshot_every = snapshot_every
         self._clock: Callable[[], float] = time.time
-        self._key_called = "key"
 
     def expand(self, keyed_events: beam.PCollection) -> OnlineOutputs:  # noqa: D102 - Beam's
         key = getattr(keyed_events.element_type, "tuple_types", (Any, Any))[0]
@@ -448,6 +449,10 @@ def _n_warm(learner: OnlineEM, batch: Batch) -> int:
     return int(np.count_nonzero(n_told_before < learner.warm_up))
 
 
+class _ShardUpdate(OnlineUpdate):
+    _key_called = "shard"
+
+
 class GlobalUpdate(beam.PTransform):
     """One online model of all events, learned by several shards and merged once in a period of event time.
 
@@ -521,7 +526,7 @@ class GlobalUpdate(beam.PTransform):
         check_whole(shards=shards)
         self.initial = initial
         self.shards = shards
-        self.update = OnlineUpdate(
+        self.update = _ShardUpdate(
             initial=initial,
             schedule=Harmonic() if schedule is None and isinstance(initial, BatchEM) else schedule,
             batch_size=batch_size,
@@ -531,7 +536,6 @@ class GlobalUpdate(beam.PTransform):
             averaging=averaging,
             snapshot_every=merge_every,
         )
-        self.update._key_called = "shard"
 
     def expand(self, events: beam.PCollection) -> OnlineOutputs:  # noqa: D102 - Beam's
         outputs = (

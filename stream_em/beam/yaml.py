@@ -25,6 +25,7 @@ from stream_em.plain import plain
 from stream_em.schema import Field, Kind, Schema, SchemaError
 from stream_em.store import to_bytes
 
+_GOOD = "good"
 _Covariances = Literal["full", "tied", "diag", "spherical"]
 
 
@@ -93,7 +94,7 @@ class YamlRefit(beam.PTransform):
             unrolled=iterations,
             n_init=n_init,
             seed=seed,
-            rejected_to=self.errors,
+            rejected_to=None if error_handling is None else self.errors,
         )
 
     def expand(self, rows: beam.PCollection) -> Any:  # noqa: D102 - Beam's
@@ -144,7 +145,7 @@ class YamlRefitPerKey(beam.PTransform):
             roles=Roles(weight=weight, only=tuple(fields)),
             n_init=n_init,
             seed=seed,
-            rejected_to=self.errors,
+            rejected_to=None if error_handling is None else self.errors,
         )
 
     def expand(self, rows: beam.PCollection) -> Any:  # noqa: D102 - Beam's
@@ -193,8 +194,9 @@ class _ErrorRows(beam.PTransform):
 
     def __init__(self, error_handling: Mapping[str, str] | None) -> None:
         super().__init__()
-        if error_handling is not None and set(error_handling) != {"output"}:
-            raise ValueError(f"error_handling: got {dict(error_handling)}, expected {{output: name}}")
+        named = isinstance(error_handling, Mapping) and set(error_handling) == {"output"}
+        if error_handling is not None and not (named and error_handling["output"] != _GOOD):
+            raise ValueError(f"error_handling: got {error_handling!r}, expected {{output: NAME}}, NAME not {_GOOD!r}")
         self.output = None if error_handling is None else error_handling["output"]
 
     def expand(self, rejected: beam.PCollection) -> beam.PCollection:
@@ -205,7 +207,7 @@ class _ErrorRows(beam.PTransform):
 
     def beside(self, good: beam.PCollection) -> Any:
         """Return the outputs of a transform, for which the rejected events were handed to this one."""
-        return good if self.output is None else {"good": good, self.output: self.rows}
+        return good if self.output is None else {_GOOD: good, self.output: self.rows}
 
 
 class _Save(beam.DoFn):

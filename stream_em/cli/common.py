@@ -36,7 +36,7 @@ _SHARE_OF_NEW = 0.9
 # Fields that are told at the start of a job.
 _MOST_TOLD = 20
 # Reasons that are told at the end of a job.
-_MOST_REASONS = 10
+_MOST_REASONS, _MOST_QUOTES = 10, 3
 # So many whole numbers in a row do not grow by chance.
 _TELLING = 20
 
@@ -335,7 +335,9 @@ def report_counts(console: Console, quarantine: Quarantine, left_out: Counter[st
         are = "is" if quarantine.count == 1 else "are"
         say(console, f"{counted(quarantine.count, 'event')} could not be used and {are} in quarantine:", "yellow")
         # Behind a quote left open, which counts as one event, many may have been lost.
-        reasons = sorted(quarantine.reasons.items(), key=lambda one: (OPEN_QUOTE not in one[0], -one[1]))
+        commonest = quarantine.reasons.most_common()
+        first = [one for one in commonest if OPEN_QUOTE in one[0]][:_MOST_QUOTES]
+        reasons = [*first, *(one for one in commonest if one not in first)]
         for reason, count in reasons[:_MOST_REASONS]:
             say(console, f"  {count:,} × {reason}")
         if len(reasons) > _MOST_REASONS:

@@ -364,7 +364,7 @@ class BatchEM(FittedMixture):
         learner = OnlineEM(self.model, schema=self.schema, initial_parameters=self.parameters, seed=self.seed)
         if self.statistics is not None:
             learner.resume(self.statistics, self.n_events)
-        learner.ignored_fields = self.ignored_fields
+        learner.ignored_fields = FieldCounts(self.ignored_fields)
         return learner
 
     def merge(self, other: BatchEM) -> BatchEM:

@@ -592,6 +592,13 @@ class BaseMixture(DensityMixin, BaseEstimator, ABC):  # type: ignore[misc]
     def _described_by(cls, learner: OnlineEM) -> dict[str, Any]:
         """Return the parameters that describe the mixture of a learner."""
 
+    # The estimator whose parameters are kept in a snapshot, also those of a class derived from it.
+    _snapshot_class: ClassVar[str]
+
+    @classmethod
+    def _check_params(cls, known: dict[str, Any], params: dict[str, Any], source: str) -> None:
+        """Refuse parameters that the snapshot's would make mean nothing."""
+
     @classmethod
     def _suited(cls, learner: OnlineEM, source: str) -> OnlineEM:
         """Return the learner as the estimator can hold it."""
@@ -614,7 +621,7 @@ class BaseMixture(DensityMixin, BaseEstimator, ABC):  # type: ignore[misc]
         if not math.isfinite(attributes.get("lower_bound_", 0.0)):
             del attributes["lower_bound_"]
         return {
-            "class": type(self).__name__,
+            "class": self._snapshot_class,
             "params": self._plain_params(),
             "attributes": attributes,
             "dtype": np.dtype(self._dtype).name,
@@ -670,7 +677,8 @@ class BaseMixture(DensityMixin, BaseEstimator, ABC):  # type: ignore[misc]
             When parameters that describe the mixture were changed since the fit.
 
         """
-        save(self.to_learner(), path, metadata={METADATA_KEY: self._kept()})
+        check_is_fitted(self)
+        save(self._current_learner(), path, metadata={METADATA_KEY: self._kept()})
 
     @classmethod
     def from_snapshot(cls, path: str | Path, **params: Any) -> Self:
@@ -714,7 +722,7 @@ class BaseMixture(DensityMixin, BaseEstimator, ABC):  # type: ignore[misc]
             raise ValueError(f"{path}: the snapshot holds a learner that has seen no event yet, which is no mixture")
         learner = cls._suited(learner, str(path))
         kept = metadata_from_bytes(content, source=str(path)).get(METADATA_KEY)
-        if kept is not None and kept["class"] == cls.__name__:
+        if kept is not None and kept["class"] == cls._snapshot_class:
             known = cls._params_from_plain(kept["params"])
         else:
             known = {**cls._described_by(learner), **pace_of(learner)}
@@ -728,6 +736,7 @@ class BaseMixture(DensityMixin, BaseEstimator, ABC):  # type: ignore[misc]
             if statistics is not None:
                 attributes["lower_bound_"] = statistics.log_likelihood / statistics.total_weight
             kept = {"attributes": attributes}
+        cls._check_params(known, params, str(path))
         mixture = cls(**{**known, **params})
         mixture._validate_params()
         mixture._adopt(learner, kept)

@@ -243,6 +243,17 @@ class MixtureModel(BaseMixture):
         self.parameters_ = parameters.components
         self.family_ = self._learner.model.family
 
+    _snapshot_class = "MixtureModel"
+
+    @classmethod
+    def _check_params(cls, known: dict[str, Any], params: dict[str, Any], source: str) -> None:
+        families = known["families"]
+        if isinstance(families, Family) and "covariance_type" in params and "families" not in params:
+            raise ValueError(
+                f"{source}: covariance_type={params['covariance_type']!r} says nothing of a snapshot that holds "
+                f"{families}; leave it out, or fit anew"
+            )
+
     @classmethod
     def _described_by(cls, learner: OnlineEM) -> dict[str, Any]:
         return {
@@ -261,7 +272,12 @@ class MixtureModel(BaseMixture):
 
     def _kept(self) -> dict[str, Any]:
         kinds = [one.kind for one in self._inferred.fields]
-        return {**super()._kept(), "from_frame": self._from_frame, "inferred": kinds}
+        return {
+            **super()._kept(),
+            "from_frame": self._from_frame,
+            "inferred": kinds,
+            "overflowed": sorted(self._overflowed),
+        }
 
     def _adopt(self, learner: OnlineEM, kept: dict[str, Any]) -> None:
         super()._adopt(learner, kept)
@@ -271,7 +287,7 @@ class MixtureModel(BaseMixture):
             [Field(one.name, kind, max_categories=one.max_categories) for one, kind in zip(fields, kinds)]
         )
         self._from_frame = kept.get("from_frame", hasattr(self, "feature_names_in_"))
-        self._overflowed = frozenset()
+        self._overflowed = frozenset(kept.get("overflowed", ()))
 
     def describe(self) -> list[ComponentDescription]:
         """Return the components by falling weight, with the columns that set each apart.

@@ -280,6 +280,8 @@ class GaussianMixture(BaseMixture):
         # The prior of a snapshot from elsewhere stays, but is no parameter.
         return replace(super()._described(fitted), prior_weight=fitted.model.prior_weight)
 
+    _snapshot_class = "GaussianMixture"
+
     @classmethod
     def _suited(cls, learner: OnlineEM, source: str) -> OnlineEM:
         return over_one_gaussian(learner, source)

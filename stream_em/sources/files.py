@@ -56,7 +56,7 @@ def files_after(paths: Sequence[str], after: Position, *, may_grow: bool = True)
     if wanted is not None:
         raise ChangedSourceError(
             f"{wanted}: events were read up to a place in this file, but now it is not among the files of the source, "
-            "or those before it are not what they were; put them back, or start afresh"
+            "or those before it are not what they were; put them back, or start anew"
         )
 
 
@@ -81,7 +81,7 @@ def _check_unchanged(path: str, place: Position, after: Position, may_grow: bool
         same = (now >= then if may_grow else now == then) and _start_of(path, then) == after["start"]
     if not same:
         raise ChangedSourceError(
-            f"{path}: has changed since events were read up to a place in it; put it back as it was, or start afresh"
+            f"{path}: has changed since events were read up to a place in it; put it back as it was, or start anew"
         )
 
 
@@ -247,5 +247,5 @@ class ByteStream:
         if offset and self.taken(b"")["digest"] != after["digest"]:
             raise ChangedSourceError(
                 f"{self.name}: does not begin with the {offset:,} bytes that were read before; send the same stream "
-                "again from its start, or start afresh"
+                "again from its start, or start anew"
             )

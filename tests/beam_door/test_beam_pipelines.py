@@ -371,6 +371,12 @@ def test_beam_yaml_names_the_columns_that_rows_lack() -> None:
         _ = rows | YamlRefitPerKey("sho", "models", {"amount": "numeric"})
 
 
+@pytest.mark.parametrize("wrong", [{"output": "good"}, {}, {"outptu": "errors"}, "errors"])
+def test_beam_yaml_refuses_an_error_output_without_a_name(wrong: Any) -> None:
+    with pytest.raises(ValueError, match=r"error_handling: got .*, expected \{output: NAME\}"):
+        YamlRefit("model.arrow", {"amount": "numeric"}, error_handling=wrong)
+
+
 @pytest.mark.slow
 def test_beam_yaml_hands_on_rows_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("jinja2", reason="Beam YAML needs apache-beam[yaml]")

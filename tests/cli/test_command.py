@@ -313,6 +313,17 @@ class TestBadEvents:
         assert "21 events could not be used and are in quarantine:\n  2 × expected 2 cells" in done.stdout
         assert "379 events from events.csv" in done.stdout
 
+    def test_quotes_left_open_hide_no_other_reason(self, tmp_path):
+        rows = [f"{i}.5,{i}" for i in range(300)] + ["?,1"] * 40
+        for spanned in range(12):
+            rows += ['"open,1', *["1,2"] * spanned, 'closed",1,2']
+        (tmp_path / "events.csv").write_text("x,y\n" + "\n".join(rows) + "\n")
+        write_job(tmp_path, source={"path": "events.csv"}, schema={"fields": {"x": "numeric", "y": "numeric"}})
+        done = stream_em("run", "job.yaml", "output.picture=null", cwd=tmp_path)
+        _, *told = done.stdout[done.stdout.index("52 events could not") :].splitlines()[:5]
+        assert all("a quote may have been left open" in line for line in told[:3])
+        assert told[3] == "  40 × x: expected a number"
+
     def test_what_is_one_is_told_in_the_singular(self, tmp_path):
         (tmp_path / "events.csv").write_text("x\n" + "1\n2\n" * 200 + "a\n")
         write_job(tmp_path, source={"path": "events.csv"}, output={"picture": None})

@@ -218,6 +218,7 @@ class TestStopped:
             if "stopped by" not in end.text:
                 # A signal that comes as the process leaves finds nothing to finish, and ends it.
                 assert end.code in (0, -number), end.text
+                assert "wrote output/model.arrow" in end.text
                 break
             assert end.code == 128 + number, end.text
             n_stopped += 1
@@ -343,7 +344,7 @@ class TestRefused:
         other.write_text("\n" + events_file.read_text())
         end = stream_em("run", "job.yaml", cwd=tmp_path, stdin=other)
         assert "standard input: does not begin with the" in end.text
-        assert "start afresh (--fresh)" in end.text
+        assert "start anew (--fresh)" in end.text
         assert "the same command goes on" not in end.text
         assert "going on after" in stream_em("run", "job.yaml", cwd=tmp_path, stdin=events_file).text
 
@@ -355,7 +356,7 @@ class TestRefused:
         assert end.code == 1
         assert end.text.splitlines()[-1] == (
             "error: events.jsonl: has changed since events were read up to a place in it; put it back as it was, or "
-            "start afresh (--fresh)"
+            "start anew (--fresh)"
         )
         assert "what was done up to the last checkpoint is kept" not in end.text
         path.write_text(content)

@@ -161,6 +161,10 @@ def test_forks_come_back_through_files(tmp_path: Path) -> None:
         fork = GaussianMixture.from_snapshot(tmp_path / f"{number}.arrow").partial_fit(share)
         merged = merged.merge(round_trip(fork, tmp_path / f"{number}.arrow"))
     assert merged.n_samples_seen_ == len(X)
+    in_memory = start
+    for share in np.array_split(REST, 3):
+        in_memory = in_memory.merge(start.fork().partial_fit(share))
+    np.testing.assert_array_equal(merged.score_samples(X), in_memory.score_samples(X))
 
 
 def test_the_engine_goes_on_with_it(tmp_path: Path) -> None:
@@ -281,6 +285,24 @@ def test_a_batch_fit_goes_on(tmp_path: Path) -> None:
     np.testing.assert_array_equal(mixture.score_samples(X), fitted.log_prob(X))
     assert (mixture.converged_, mixture.n_iter_) == (fitted.converged, len(fitted.history))
     assert mixture.partial_fit(REST).n_samples_seen_ == len(X)
+    learner = fitted.to_online()
+    learner.schedule = Harmonic()
+    np.testing.assert_allclose(mixture.score_samples(X), learner.update(REST).log_prob(X), rtol=1e-12)
+
+
+def test_a_derived_class_keeps_its_parameters(tmp_path: Path) -> None:
+    class Derived(GaussianMixture):
+        pass
+
+    Derived(3, random_state=0, tol=1e-5).fit(X).to_snapshot(tmp_path / "model.arrow")
+    again = Derived.from_snapshot(tmp_path / "model.arrow")
+    assert (type(again), again.tol, again.random_state) == (Derived, 1e-5, 0)
+
+
+def test_a_covariance_type_that_a_family_makes_meaningless_is_refused(tmp_path: Path) -> None:
+    save(BatchEM(Mixture(Gaussian(), 3), seed=0).fit(FIRST), tmp_path / "model.arrow")
+    with pytest.raises(ValueError, match="covariance_type='diag' says nothing of a snapshot that holds Gaussian"):
+        MixtureModel.from_snapshot(tmp_path / "model.arrow", covariance_type="diag")
 
 
 @pytest.mark.parametrize("options", [{"averaging": True}, {"window": 1_000}, {"structure": AdaptiveComponents()}])
