@@ -564,3 +564,23 @@ def test_wrong_arguments():
         open_source("a.xml", format="xml")
     with pytest.raises(SourceError, match="cannot be mixed"):
         open_source(["-", "a.csv"])
+
+
+@pytest.mark.parametrize("break_", ["\n", "\r\n"])
+@pytest.mark.parametrize("ending", ["", "\n"])
+@pytest.mark.parametrize("closing", ["", '"'])
+def test_a_quote_that_is_open_at_the_end_costs_its_event_in_words(tmp_path, monkeypatch, break_, ending, closing):
+    content = (
+        break_.join(["x,s", "1,a", "2,b", '3,"c', "4,d", "5,e"]) + closing + ending.replace("\n", break_)
+    ).encode()
+    path = tmp_path / "events.csv"
+    path.write_bytes(content)
+    for source in (path, "-"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+        chunks = list(open_source(source, format="csv").chunks(100))
+        rejected = [one for chunk in chunks for one in chunk.rejected]
+        assert sum(len(chunk) for chunk in chunks) == (3 if closing else 2)
+        assert [one.index for one in rejected] == ([] if closing else [2])
+        for one in rejected:
+            assert "the source ended first; a quote may have been left open: this event spans 3 lines" in str(one)
+    assert sum(len(chunk) for chunk in open_source(path, quote=None).chunks(100)) == 5

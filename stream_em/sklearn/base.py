@@ -35,7 +35,7 @@ from stream_em.schedules import Constant, Harmonic, RobbinsMonro, Schedule
 from stream_em.schema import Batch, Schema
 from stream_em.seeding import Reservoir, concatenate, k_means_responsibilities, points_for_k_means
 from stream_em.seeding import seed as seed_parameters
-from stream_em.sklearn.snapshots import METADATA_KEY, default_names, pace_of
+from stream_em.sklearn.snapshots import METADATA_KEY, check_kept, default_names, pace_of
 from stream_em.statistics import MergeError, Statistics
 from stream_em.store import from_bytes, metadata_from_bytes, save
 
@@ -722,7 +722,8 @@ class BaseMixture(DensityMixin, BaseEstimator, ABC):  # type: ignore[misc]
             raise ValueError(f"{path}: the snapshot holds a learner that has seen no event yet, which is no mixture")
         learner = cls._suited(learner, str(path))
         kept = metadata_from_bytes(content, source=str(path)).get(METADATA_KEY)
-        if kept is not None and kept["class"] == cls._snapshot_class:
+        if isinstance(kept, dict) and kept.get("class") == cls._snapshot_class:
+            check_kept(kept, cls._get_param_names(), str(path))
             known = cls._params_from_plain(kept["params"])
         else:
             known = {**cls._described_by(learner), **pace_of(learner)}

@@ -25,6 +25,7 @@ from stream_em.models import Mixture, MixtureParameters
 from stream_em.schema import OTHER, Batch, Field, Kind, Schema, SchemaError, in_memory
 from stream_em.sklearn.base import BaseMixture, check_given, check_listed
 from stream_em.sklearn.snapshots import families_from_plain, plain_families
+from stream_em.store import SnapshotError
 
 
 class MixtureModel(BaseMixture):
@@ -283,6 +284,8 @@ class MixtureModel(BaseMixture):
         super()._adopt(learner, kept)
         fields = learner._known_schema().fields
         kinds = kept.get("inferred", [one.kind for one in fields])
+        if not isinstance(kinds, list) or len(kinds) != len(fields):
+            raise SnapshotError(f"the snapshot names kinds of {kinds!r} for {len(fields)} columns")
         self._inferred = Schema(
             [Field(one.name, kind, max_categories=one.max_categories) for one, kind in zip(fields, kinds)]
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,9 +10,41 @@ from stream_em.families import Family, Gaussian, Product, family_from_specificat
 from stream_em.learners import OnlineEM
 from stream_em.models import MixtureParameters
 from stream_em.schedules import Constant, Harmonic, RobbinsMonro
+from stream_em.store import SnapshotError
 
 # Under which a snapshot's metadata hold what is the estimator's and not the learner's.
 METADATA_KEY = "stream_em.sklearn"
+
+
+def check_kept(kept: Any, params: Collection[str], source: str) -> None:
+    """Refuse metadata that no estimator with these parameters wrote.
+
+    Raises
+    ------
+    SnapshotError
+        With the name of what is wrong.
+
+    """
+    found = kept if isinstance(kept, dict) else {}
+    attributes = found.get("attributes")
+    attributes = attributes if isinstance(attributes, dict) else {}
+    bounds = attributes.get("lower_bounds_")
+    sound = {
+        "params": isinstance(found.get("params"), dict) and found["params"].keys() == set(params),
+        "dtype": found.get("dtype") in ("float32", "float64"),
+        "named": type(found.get("named")) is bool,
+        "converged_": type(attributes.get("converged_", False)) is bool,
+        "n_iter_": type(attributes.get("n_iter_", 0)) is int,
+        "n_samples_seen_": type(attributes.get("n_samples_seen_", 0)) is int,
+        "lower_bound_": type(attributes.get("lower_bound_", 0.0)) in (int, float),
+        "lower_bounds_": isinstance(bounds, list) and all(type(one) in (int, float) for one in bounds),
+    }
+    for name, is_sound in sound.items():
+        if not is_sound:
+            raise SnapshotError(
+                f"{source}: no estimator of this version wrote {name!r} of the metadata {METADATA_KEY!r}; to go on "
+                "without them, save the learner alone: stream_em.save(stream_em.load(path), path)"
+            )
 
 
 def pace_of(learner: OnlineEM) -> dict[str, Any]:
@@ -103,12 +135,20 @@ def plain_families(families: Mapping[Any, str | Family] | Family | None) -> Any:
 
 
 def families_from_plain(plain: Any) -> dict[Any, str | Family] | Family | None:
-    """Return the `families` that `plain_families` described."""
+    """Return the `families` that `plain_families` described.
+
+    Raises
+    ------
+    SnapshotError
+        When it described none.
+
+    """
     if plain is None:
         return None
     if isinstance(plain, dict):
         return family_from_specification(plain)
-    return {
-        tuple(key) if isinstance(key, list) else key: one if isinstance(one, str) else family_from_specification(one)
-        for key, one in plain
-    }
+    try:
+        pairs = [(tuple(key) if isinstance(key, list) else key, one) for key, one in plain]
+    except (TypeError, ValueError) as error:
+        raise SnapshotError(f"the snapshot names families by {plain!r}, which are no pairs") from error
+    return {key: one if isinstance(one, str) else family_from_specification(one) for key, one in pairs}

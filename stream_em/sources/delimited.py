@@ -38,6 +38,8 @@ _SHARE_OF_NUMBERS = 0.9
 _NUMERIC_KINDS = ("numeric", "count", "duration")
 
 # Where they stand in the name of the only column, the cells are not separated as was assumed.
+# Bytes at the end of what is read at once, among which is one that is no line break.
+LONGEST_END = 64
 _DELIMITERS = (";", "\t", "|", ",")
 
 
@@ -105,18 +107,16 @@ class CsvStream:
             self.stream.taken(header)
         names = columns.names
         for group in grouped(self._lines(line), rows, index):
-            cells = [one.cells for one in group if len(one.cells) == len(names)]
+            whole = [one for one in group if len(one.cells) == len(names) and not one.left_open(self.quote)]
+            wrong = [one for one in group if len(one.cells) != len(names) or one.left_open(self.quote)]
+            cells = [one.cells for one in whole]
             arrays = [pa.array(column, pa.binary()) for column in zip(*cells)] or [pa.array([], pa.binary())] * len(
                 names
             )
             block = _CsvBlock(
                 pa.RecordBatch.from_arrays(arrays, names=names),
-                np.array([one.line for one in group if len(one.cells) == len(names)], np.int64),
-                [
-                    (one.line, len(one.cells), _text(one.raw.strip(b"\r\n")))
-                    for one in group
-                    if len(one.cells) != len(names)
-                ],
+                np.array([one.line for one in whole], np.int64),
+                [(one.line, len(one.cells), _text(one.raw.strip(b"\r\n"))) for one in wrong],
             )
             end = {"from": index + len(group), "line": group[-1].line}
             place = {**self.stream.taken(b"".join(one.raw for one in group)), **end}
@@ -146,6 +146,10 @@ class _CsvLine(NamedTuple):
     line: int
     cells: list[bytes]
     raw: bytes
+
+    def left_open(self, quote: str | None) -> bool:
+        """Whether the last cell goes on to the end of the stream for want of a quote."""
+        return quote is not None and b"\n" in self.cells[-1] and not self.raw.rstrip(b"\r\n").endswith(quote.encode())
 
 
 def _csv_lines(lines: Iterator[str], delimiter: str, quote: str | None, *, strict: bool = False) -> Iterator[list[str]]:
@@ -199,6 +203,44 @@ class _CsvBlock:
         return len(self.lines) + len(self.ragged)
 
 
+class _Tail:
+    """A stream that remembers how what was read of it ends, line breaks left out."""
+
+    closed = False
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.tail = b""
+
+    def read(self, size: int) -> bytes:
+        content = self._stream.read(size)
+        self.tail = content[-LONGEST_END:].rstrip(b"\r\n")[-1:] or self.tail
+        return content
+
+    def close(self) -> None:
+        """Leave the stream to whoever opened it."""
+
+
+def _with_last(blocks: Iterator[pa.RecordBatch]) -> Iterator[tuple[pa.RecordBatch, bool]]:
+    """Yield each block with whether it is the last one that holds a row."""
+    before: pa.RecordBatch | None = None
+    for block in blocks:
+        if block.num_rows:
+            if before is not None:
+                yield before, False
+            before = block
+    if before is not None:
+        yield before, True
+
+
+def _left_open(block: pa.RecordBatch, tail: bytes, delimiter: str, quote: str | None) -> str | None:
+    """Return the text of the last event where its last cell goes on to the end of the source for want of a quote."""
+    cells = [column[-1].as_py() or b"" for column in block.columns]
+    if quote is None or b"\n" not in cells[-1] or tail == quote.encode():
+        return None
+    return _text(delimiter.encode().join([*cells[:-1], quote.encode() + cells[-1]]))
+
+
 def _parse_csv(
     stream: IO[bytes], path: str, names: list[str], delimiter: str, quote: str | None
 ) -> Iterator[_CsvBlock]:
@@ -211,10 +253,11 @@ def _parse_csv(
         return "skip"
 
     schema = pa.schema([(name, pa.binary()) for name in names])
+    held = _Tail(stream)
     try:
         with reading(path, "CSV"):
             reader = pa_csv.open_csv(
-                pa.PythonFile(stream, mode="r"),
+                pa.PythonFile(held, mode="r"),
                 # One thread: only then does Arrow number the rows it hands to `skip`.
                 read_options=pa_csv.ReadOptions(use_threads=False, column_names=names, block_size=LONGEST_CSV_EVENT),
                 parse_options=pa_csv.ParseOptions(
@@ -231,7 +274,12 @@ def _parse_csv(
             return
         raise
     line = 2
-    for block in guarded(iter(reader), path, "CSV"):
+    for block, is_last in _with_last(guarded(iter(reader), path, "CSV")):
+        text = _left_open(block, held.tail, delimiter, quote) if is_last else None
+        if text is not None:
+            number = line + block.num_rows - 1 + len(ragged)
+            ragged.append((number, len(names), text))
+            block = block.slice(0, block.num_rows - 1)
         # Skipped rows take up line numbers between the good ones. Arrow parses ahead, so some of them may
         # belong to a later block.
         candidates = np.arange(line, line + block.num_rows + len(ragged))
@@ -272,7 +320,7 @@ class _CsvColumns:
                 number,
                 None,
                 None,
-                f"expected {len(names)} cells as in the header, got {n_cells}{_spanned(text)}",
+                _wrong_cells(len(names), n_cells) + _spanned(text),
                 text,
             )
             for number, n_cells, text in block.ragged
@@ -317,6 +365,12 @@ class _CsvColumns:
             return "numeric"
         words = {"true", "false"}
         return "flag" if sum(text.lower() in words for text in held) >= needed else "text"
+
+
+def _wrong_cells(expected: int, got: int) -> str:
+    if got == expected:
+        return "expected the end of a cell in quotes, and the source ended first"
+    return f"expected {expected} cells as in the header, got {got}"
 
 
 def _spanned(text: str) -> str:

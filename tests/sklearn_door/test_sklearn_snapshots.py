@@ -33,6 +33,7 @@ from stream_em import (
 from stream_em.river import MixtureAnomalyDetector, MixtureClusterer
 from stream_em.schedules import Schedule
 from stream_em.sklearn import GaussianMixture, MixtureModel
+from stream_em.store import read_metadata
 from stream_em.structure import AdaptiveComponents
 
 GENERATOR = np.random.default_rng(21)
@@ -288,6 +289,28 @@ def test_a_batch_fit_goes_on(tmp_path: Path) -> None:
     learner = fitted.to_online()
     learner.schedule = Harmonic()
     np.testing.assert_allclose(mixture.score_samples(X), learner.update(REST).log_prob(X), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dtype", "int64"),
+        ("dtype", None),
+        ("named", 1),
+        ("params", None),
+        ("params", {"n_components": 3}),
+        ("attributes", None),
+        ("attributes", {"lower_bounds_": [], "n_iter_": "x"}),
+        ("attributes", {"lower_bounds_": [None]}),
+    ],
+)
+def test_metadata_that_no_estimator_wrote_is_refused(name: str, value: Any, tmp_path: Path) -> None:
+    path = tmp_path / "model.arrow"
+    GaussianMixture(3, random_state=0).fit(X).to_snapshot(path)
+    kept = read_metadata(path)["stream_em.sklearn"]
+    save(load(path), path, metadata={"stream_em.sklearn": {**kept, name: value}})
+    with pytest.raises(SnapshotError, match=rf"{re.escape(str(path))}: no estimator of this version wrote"):
+        GaussianMixture.from_snapshot(path)
 
 
 def test_a_derived_class_keeps_its_parameters(tmp_path: Path) -> None:
