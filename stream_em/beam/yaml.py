@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
@@ -23,6 +22,7 @@ from stream_em.learners import BatchEM
 from stream_em.models import Mixture
 from stream_em.plain import plain
 from stream_em.schema import Field, Kind, Schema, SchemaError
+from stream_em.sources.faults import nearest
 from stream_em.store import to_bytes
 
 _GOOD = "good"
@@ -253,9 +253,9 @@ def _check_columns(rows: beam.PCollection, columns: list[str]) -> None:
         held = [name for name, _ in row_type._fields]
         for column in columns:
             if column not in held:
-                near = difflib.get_close_matches(column, held, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise SchemaError(f"the rows have no column {column!r} (they have: {', '.join(held)}){hint}")
+                raise SchemaError(
+                    f"the rows have no column {column!r} (they have: {', '.join(held)}){nearest(column, held)}"
+                )
 
 
 def _error_row(rejected: RejectedEvent) -> beam.Row:

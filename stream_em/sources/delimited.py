@@ -107,8 +107,11 @@ class CsvStream:
             self.stream.taken(header)
         names = columns.names
         for group in grouped(self._lines(line), rows, index):
-            whole = [one for one in group if len(one.cells) == len(names) and not one.left_open(self.quote)]
-            wrong = [one for one in group if len(one.cells) != len(names) or one.left_open(self.quote)]
+            whole: list[_CsvLine] = []
+            wrong: list[_CsvLine] = []
+            for one in group:
+                left_open = _goes_on(one.cells[-1], one.raw.rstrip(b"\r\n"), self.quote)
+                (wrong if len(one.cells) != len(names) or left_open else whole).append(one)
             cells = [one.cells for one in whole]
             arrays = [pa.array(column, pa.binary()) for column in zip(*cells)] or [pa.array([], pa.binary())] * len(
                 names
@@ -146,10 +149,6 @@ class _CsvLine(NamedTuple):
     line: int
     cells: list[bytes]
     raw: bytes
-
-    def left_open(self, quote: str | None) -> bool:
-        """Whether the last cell goes on to the end of the stream for want of a quote."""
-        return quote is not None and b"\n" in self.cells[-1] and not self.raw.rstrip(b"\r\n").endswith(quote.encode())
 
 
 def _csv_lines(lines: Iterator[str], delimiter: str, quote: str | None, *, strict: bool = False) -> Iterator[list[str]]:
@@ -233,10 +232,15 @@ def _with_last(blocks: Iterator[pa.RecordBatch]) -> Iterator[tuple[pa.RecordBatc
         yield before, True
 
 
+def _goes_on(cell: bytes, tail: bytes, quote: str | None) -> bool:
+    """Whether the last cell of an event goes on to where the source ended, for want of a quote in its tail."""
+    return quote is not None and b"\n" in cell and not tail.endswith(quote.encode())
+
+
 def _left_open(block: pa.RecordBatch, tail: bytes, delimiter: str, quote: str | None) -> str | None:
     """Return the text of the last event where its last cell goes on to the end of the source for want of a quote."""
     cells = [column[-1].as_py() or b"" for column in block.columns]
-    if quote is None or b"\n" not in cells[-1] or tail == quote.encode():
+    if quote is None or not _goes_on(cells[-1], tail, quote):
         return None
     return _text(delimiter.encode().join([*cells[:-1], quote.encode() + cells[-1]]))
 
