@@ -16,6 +16,7 @@ import pytest
 from benchmarks.literature import choosing, finite_sum, mixtures, regressions, small_data
 from benchmarks.literature.__main__ import DOCS, GUIDE, ROWS, renew
 from benchmarks.literature.experiment import Comparison, median_interval
+from benchmarks.literature.r_draws import RStream
 
 ROOT = Path(__file__).parent.parent
 
@@ -126,6 +127,27 @@ def test_studies_draw_what_the_paper_says(row: int) -> None:
         of_component = batch.values[:, components == component]
         error = np.sqrt(variance[component] / of_component.shape[1])
         assert (np.abs(of_component.mean(axis=1) - mean[component]) < 4.5 * error).all()
+
+
+def test_the_draws_are_those_of_r() -> None:
+    # Printed by R 4.2 after RNGkind(sample.kind = "Rounding"); set.seed(42).
+    stream = RStream(42)
+    np.testing.assert_allclose(stream.uniform(3), [0.9148060435, 0.9370754133, 0.2861395348], rtol=1e-9)
+    np.testing.assert_allclose(stream.normal(2), [0.95593564863, 0.04788473609], rtol=1e-9)
+    # And rbinom(4, 1000, c(0.03, 0.3, 0.97, 0.5)), sample(5, 6, replace = TRUE) after that.
+    assert [stream.binomial(1000, chance) for chance in (0.03, 0.3, 0.97, 0.5)] == [28, 280, 968, 490]
+    assert (stream.labels(6, 5) + 1).tolist() == [3, 5, 1, 5, 5, 1]
+    with pytest.raises(ValueError, match="mean of at least 30 both ways"):
+        stream.binomial(1000, 0.98)
+
+
+def test_batch_em_ends_where_the_authors_runs_did() -> None:
+    # Runs 1, 2 and 6 in the file of results beside the authors' script.
+    study = mixtures.elki1()
+    streams = list(study.streams(6, 1_000_000))
+    for run, published in ((0, 352271.2), (1, 418455.9), (5, 134792.3)):
+        fits = mixtures.fit_as_published(3, 1_000_000, 0, mixtures.N_ONLINE_SEEDS + run, streams[run])
+        assert fits.log_likelihood == {mixtures.BATCH: pytest.approx(published, rel=1e-6)}
 
 
 def test_the_second_regression_is_a_parabola() -> None:
