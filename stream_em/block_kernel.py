@@ -75,7 +75,10 @@ class BlockKernel:
         self._state = state
         self._table = feature_table((factor.positions, factor.kind == compiled.FULL) for factor in state.factors)
         self._step = compiled_blocks.compiled_step_block(general=state.general is not None)
+        self._n_answers = state.model.n_components + 2
         self._ids_are_positions = np.array_equal(state.component_ids, np.arange(len(state.component_ids)))
+        self._no_answers: Array = np.empty((self._n_answers, 0))
+        self._nothing_told = self._told(self._no_answers)
 
     def learn(
         self, values: Array, weight: Array | None = None, *, keep: bool
@@ -90,7 +93,7 @@ class BlockKernel:
         weight
             (B,), or None when all count alike.
         keep
-            Whether components and responsibilities are wanted; they are left empty otherwise.
+            Whether that is wanted; it is left empty otherwise.
 
         Returns
         -------
@@ -105,25 +108,20 @@ class BlockKernel:
         if n_events == 1:
             # It has no spread that its offset from the pooled mean could be told from.
             return self._learn_single(values[:, 0], 1.0 if weight is None else float(weight[0]), keep=keep)
-        n_kept = n_events if keep else 0
-        log_prob, winners = np.empty(n_events), np.empty(n_kept, dtype=np.int64)
-        responsibilities = np.empty((state.model.n_components, n_kept))
+        answers = np.empty((self._n_answers, n_events)) if keep else self._no_answers
         log_likelihood = self._step(
-            state.vector,
-            *self._table,
-            values,
-            NO_WEIGHT if weight is None else weight,
-            log_prob,
-            responsibilities,
-            winners,
-            state.general,
+            state.vector, self._table, values, NO_WEIGHT if weight is None else weight, answers, state.general
         )
         if math.isnan(log_likelihood):
             return None
         if log_likelihood == math.inf:
             state.repair(n_events if weight is None else int(np.count_nonzero(weight)))
-        component = winners if self._ids_are_positions else state.component_ids[winners]
-        return log_prob, component, responsibilities.T
+        return self._told(answers) if keep else self._nothing_told
+
+    def _told(self, answers: Array) -> tuple[Array, npt.NDArray[np.int64], Array]:
+        winners = answers[-1].view(np.int64)
+        component = winners if self._ids_are_positions else self._state.component_ids[winners]
+        return answers[-2], component, answers[:-2].T
 
     def _learn_single(
         self, values: Array, weight: float, *, keep: bool

@@ -64,17 +64,18 @@ from stream_em.numerics import (
     LARGEST_LOG_DENSITY,
     LARGEST_VALUE,
     LOG_RESPONSIBILITY_FLOOR,
-    MOST_FEATURES,
     SMALLEST_WEIGHT,
-    UNPACKED_PRODUCTS,
     Array,
 )
 
 MATRIX = types.Array(types.float64, 2, "C")
 
-# Events taken through features, softmax and sums at once, so that they stay near the core; fewer where OpenBLAS then
-# multiplies matrices without packing them first.
-CHUNK, LEAST_CHUNK = 1024, 256
+# Events taken through features, softmax and sums at once: no more than these, and fewer where they have many features,
+# so that both stay in the core's own memory, but not so few that the coefficients are read for next to nothing.
+CHUNK, LEAST_CHUNK, CHUNK_FEATURES = 1000, 128, 300_000
+
+# Doubles in a line of the cache.
+CACHE_LINE = 8
 
 # Up to so many coefficients, matrices are too small for OpenBLAS, which packs what it multiplies, to be faster.
 MOST_COEFFICIENTS = 600
@@ -239,6 +240,14 @@ def _coefficients(state: Array, theta: Array) -> bool:
             return False
         theta[component, start] = constant
     return True
+
+
+@compiled
+def _aligned(size: int) -> Array:
+    """Memory that begins with a cache line: vectors that lie across two of them take a quarter longer."""
+    memory = np.empty(size + CACHE_LINE)
+    skipped = -(memory.ctypes.data // memory.itemsize) % CACHE_LINE
+    return memory[skipped : skipped + size]
 
 
 @compiled
@@ -490,8 +499,7 @@ def _accumulate(shares: Array, features: Array, sums: Array) -> None:
 @entry
 def sum_features(
     theta: Array,
-    left: Any,
-    right: Any,
+    table: Any,
     center: Array,
     values: Array,
     weight: Array,
@@ -502,38 +510,34 @@ def sum_features(
     winners: Any,
     sums: Array,
 ) -> float:
-    """E-step of the events from `start` to `stop`; return their weighted log-likelihood.
+    """E-step of the events from `start` to `stop`; return their weighted log-likelihood, NaN where one is impossible.
 
     Parameters
     ----------
     theta
         (K, Q + 1) coefficients of the features in the log-joint.
-    left, right
-        (Q,) what each feature is: where `right` is -1, the field `left` less its center; otherwise the product of
-        the features `left` and `right`.
+    table
+        (2, Q) what each feature is, left and right: where the right is -1, the field that the left names, less its
+        center; otherwise the product of the features that both name.
     center
         (D,) origin of the features.
     values
         (D, B), nothing missing.
     weight
         (B,) weights, or empty when all are 1.
-    log_prob
-        (B,) log-densities, written.
-    responsibilities, winners
-        (K, B) and (B,), written, unless they are empty.
+    log_prob, responsibilities, winners
+        (B,), (K, B) and (B,), written, unless they are empty.
     sums
         (K, Q + 1) sums of the features, weighted by weight and responsibility, and of 1; added to.
 
     """
+    left, right = table[0], table[1]
     n_components, n_columns = theta.shape
     small = theta.size <= MOST_COEFFICIENTS
-    chunk = UNPACKED_PRODUCTS // (n_components * n_columns)
-    if not LEAST_CHUNK <= chunk <= CHUNK:
-        chunk = CHUNK
-    chunk = min(chunk, max(8, MOST_FEATURES // n_columns))
+    chunk = max(LEAST_CHUNK, min(CHUNK, CHUNK_FEATURES // n_columns))
     size = min(chunk, stop - start)
-    memory, part = np.empty((n_columns + n_components + 3) * size), np.empty((n_columns, n_components))
-    log_likelihood = 0.0
+    memory, part = _aligned((n_columns + n_components + 4) * size), np.empty((n_columns, n_components))
+    log_likelihood, n_impossible = 0.0, 0
     for first in range(start, stop, chunk):
         length = min(chunk, stop - first)
         a, b = n_columns * length, (n_columns + n_components) * length
@@ -547,8 +551,10 @@ def sum_features(
             _project(theta, features, shares)
         else:
             np.dot(theta, features, shares)
-        told = log_prob[first : first + length]
+        told = log_prob[first : first + length] if len(log_prob) else memory[b + 3 * length : b + 4 * length]
         _respond(shares, told, scratch)
+        for event in range(length):
+            n_impossible += 0 if told[event] >= -LARGEST_LOG_DENSITY else 1
         if len(winners):
             _find_winners(shares, scratch, winners[first : first + length])
         if responsibilities.shape[1] and not in_place:
@@ -571,7 +577,8 @@ def sum_features(
             for component in range(n_components):
                 for column in range(n_columns):
                     sums[component, column] += part[column, component]
-    return log_likelihood
+    # In the sum it may be hidden by a small weight.
+    return log_likelihood if n_impossible == 0 else np.nan
 
 
 @compiled
@@ -588,27 +595,21 @@ def _pooled_mean(state: Array, left: Any, center: Array) -> None:
 
 
 @entry
-def step_block(
-    state: Array,
-    left: Any,
-    right: Any,
-    events: Any,
-    weight: Array,
-    log_prob: Array,
-    responsibilities: Array,
-    winners: Any,
-    general: Any,
-) -> float:
+def step_block(state: Array, table: Any, events: Any, weight: Array, answers: Array, general: Any) -> float:
     """Learn from a mini-batch, and write what was thought of each event before.
+
+    Each array costs a call as much as dozens of events do.
 
     Parameters
     ----------
     state
         The vector.
+    table, weight
+        As `sum_features` has them; its center is the pooled mean.
     events
         (D, B), in any layout.
-    left, right, weight, log_prob, responsibilities, winners
-        As `sum_features` has them; its center is the pooled mean.
+    answers
+        (K + 2, B) responsibilities, log-densities and the bits of the winners' positions, written, or empty.
     general
         None, or any number: whether there are covariances other than full ones.
 
@@ -620,22 +621,21 @@ def step_block(
         are not.
 
     """
-    n_components, n_columns, n_events = int(state[N_COMPONENTS]), len(left) + 1, events.shape[1]
+    n_components, n_columns, n_events = int(state[N_COMPONENTS]), table.shape[1] + 1, events.shape[1]
     theta, sums = np.empty((n_components, n_columns)), np.zeros((n_components, n_columns))
     if not _coefficients(state, theta):
         return np.nan
     center = np.empty(events.shape[0])
-    _pooled_mean(state, left, center)
+    _pooled_mean(state, table[0], center)
+    kept = answers.shape[1]
+    log_prob, winners = answers[n_components][:kept], answers[n_components + 1][:kept].view(np.int64)
     log_likelihood = sum_features(
-        theta, left, right, center, events, weight, 0, n_events, log_prob, responsibilities, winners, sums
+        theta, table, center, events, weight, 0, n_events, log_prob, answers[:n_components], winners, sums
     )
     n_told, total_weight = float(n_events), float(n_events)
     if len(weight):
         n_told, total_weight = 0.0, 0.0
         for event in range(n_events):
-            # In the sum it may be hidden by a small weight.
-            if not log_prob[event] >= -LARGEST_LOG_DENSITY:
-                return np.nan
             n_told += 1.0 if weight[event] > 0.0 else 0.0
             total_weight += weight[event]
     seen, all_weight = state[N_EVENTS] + n_told, state[TOTAL_WEIGHT] + total_weight
@@ -661,8 +661,7 @@ def step_block(
 
 
 INDICES = types.Array(types.int64, 1, "C")
-FEATURES = (INDICES, INDICES)
-ANSWERS = (VECTOR, MATRIX, INDICES)
+TABLE = types.Array(types.int64, 2, "C")
 
 
 @cache
@@ -670,11 +669,11 @@ def compiled_step_block(general: bool) -> Callable[..., float]:
     """Return `step_block`, compiled or loaded from disk, for the last argument None or 0."""
     events = types.Array(types.float64, 2, "A")
     flag = types.float64 if general else types.none
-    return entry_point(step_block, (VECTOR, *FEATURES, events, VECTOR, *ANSWERS, flag))
+    return entry_point(step_block, (VECTOR, TABLE, events, VECTOR, MATRIX, flag))
 
 
 @cache
 def compiled_sum_features() -> Callable[..., float]:
     """Return `sum_features`, compiled or loaded from disk."""
-    events = (VECTOR, MATRIX, VECTOR)
-    return entry_point(sum_features, (MATRIX, *FEATURES, *events, types.int64, types.int64, *ANSWERS, MATRIX))
+    events, answers = (VECTOR, MATRIX, VECTOR), (VECTOR, MATRIX, INDICES)
+    return entry_point(sum_features, (MATRIX, TABLE, *events, types.int64, types.int64, *answers, MATRIX))

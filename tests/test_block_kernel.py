@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from stream_em import Batch, Constant, EventError, Gaussian, Harmonic, Mixture, OnlineEM, Product, RobbinsMonro, Schema
 from stream_em.block_kernel import BlockKernel
+from stream_em.learners import online
+from stream_em.models import mixture
 from stream_em.numerics import NumericalError
 from stream_em.schedules import StepSize
 from stream_em.state import has_compiled_blocks
@@ -313,3 +315,27 @@ def test_batches_of_any_type_of_number_are_learned_alike(kind: str) -> None:
     np.testing.assert_allclose(found.weights, expected.weights, rtol=1e-12)
     np.testing.assert_allclose(found.components.mean, expected.components.mean, rtol=1e-12)
     np.testing.assert_allclose(found.components.covariance, expected.components.covariance, rtol=1e-10)
+
+
+@pytest.mark.parametrize("averaging", [False, True])
+def test_what_has_no_compiled_step_takes_its_e_step_in_compiled_code(
+    averaging: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Steps on more than forty fields are not compiled, nor those whose parameters are averaged.
+    n_fields = 4 if averaging else 45
+    events = np.random.default_rng(0).normal(size=(1_500, n_fields)) + np.repeat([[0.0], [6.0], [0.0]], 500, axis=0)
+    compiled, reference = (
+        OnlineEM(Mixture(Gaussian(), 2), batch_size=100, averaging=averaging).update(events[:1_000]) for _ in range(2)
+    )
+    wanted = reference.predict_then_update(events[1_000:])
+    entered = []
+    e_step = mixture._sum_features()
+    assert e_step is not None
+    monkeypatch.setattr(mixture, "_sum_features", lambda: lambda *inputs: (entered.append(1), e_step(*inputs))[1])
+    monkeypatch.setattr(online, "COMPILE_AFTER", compiled._state.n_updates)
+    found = compiled.predict_then_update(events[1_000:])
+    assert len(entered) == 5
+    assert compiled._kernel is None
+    np.testing.assert_allclose(found.log_prob, wanted.log_prob, rtol=1e-9)
+    np.testing.assert_allclose(found.responsibilities, wanted.responsibilities, atol=1e-9)
+    assert_statistics_close(compiled.statistics, reference.statistics)  # type: ignore[arg-type]

@@ -41,6 +41,7 @@ from stream_em import (
     Schema,
 )
 from stream_em.families.gaussian import GaussianParameters
+from stream_em.models.mixture import _in_a_thread
 from stream_em.numerics import LARGEST_LOG_DENSITY
 
 EVENTS = draw_values(NUMERIC, 500, np.random.default_rng(1)).T
@@ -529,3 +530,20 @@ def test_an_e_step_takes_batches_of_any_type_of_number(kind: str) -> None:
     ):
         assert found.log_likelihood == pytest.approx(expected.log_likelihood, rel=1e-12)
         assert_statistics_close(found, expected)
+
+
+def test_what_goes_wrong_in_a_thread_reaches_the_caller() -> None:
+    def interrupted() -> None:
+        raise MemoryError("no room for the features")
+
+    with pytest.raises(MemoryError, match="no room"):
+        _in_a_thread(interrupted).result()
+
+
+def test_threads_give_the_same_sums_whoever_is_faster() -> None:
+    model = Mixture(Gaussian(), 2).bind(NUMERIC)
+    batch = NUMERIC.encode(np.random.default_rng(0).normal(size=(40_000, 3)))
+    parameters = model.pooled(batch)
+    first, *others = (model.e_step(parameters, batch, n_threads=3).parts["moments"].scatter for _ in range(5))  # type: ignore[union-attr]
+    for other in others:
+        np.testing.assert_array_equal(first, other)

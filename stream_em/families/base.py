@@ -22,7 +22,6 @@ from stream_em.statistics import Part
 
 Mask = npt.NDArray[np.bool_]
 Parts = Mapping[str, Part]
-FeatureTable = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 
 
 class FamilyError(ValueError):
@@ -87,7 +86,7 @@ class Block(ABC):
 
 def feature_table(
     factors: Iterable[tuple[npt.NDArray[np.intp], bool]],
-) -> FeatureTable:
+) -> npt.NDArray[np.int64]:
     """Return what each feature is, as `compiled_blocks.sum_features` wants to know it.
 
     Parameters
@@ -108,7 +107,7 @@ def feature_table(
         pairs += pairs.shape[1]
         left += [*pairs[0].tolist(), *positions.tolist()]
         right += [*pairs[1].tolist(), *size * [-1]]
-    return np.array(left, dtype=np.int64), np.array(right, dtype=np.int64)
+    return np.array([left, right], dtype=np.int64)
 
 
 class Family(ABC):

@@ -565,10 +565,12 @@ class OnlineEM(FittedMixture):
             reference = piece.time if newest is None else newest
             discount = np.exp2(np.minimum((piece.time - reference) / half_life, 0.0))
             piece = replace(piece, weight=discount if piece.weight is None else piece.weight * discount)
+        # Compiled code that takes whole steps is not there for all models; that of the E-step is for more.
+        compiled = self._known.n_updates >= COMPILE_AFTER
         if scored is None:
-            statistics = bound.e_step(parameters, piece)
+            statistics = bound.e_step(parameters, piece, compiled=compiled)
         else:
-            statistics, posterior = bound.e_step_with_posterior(parameters, piece)
+            statistics, posterior = bound.e_step_with_posterior(parameters, piece, compiled=compiled)
             scored.append((as_prediction(posterior, parameters.component_ids), parameters.component_ids))
         return statistics if half_life is None else replace(statistics, half_life=half_life, time=newest)
 
@@ -692,10 +694,10 @@ class OnlineEM(FittedMixture):
 
         Encoding and checking a small array take longer than learning from it.
         """
-        if self._kernel is None or type(rows) is not np.ndarray or rows.ndim != 2 or len(rows) > self._batch_size:
+        if self._kernel is None or type(rows) is not np.ndarray:
             return None
         kernel = self._kernel_with("blocks", has_compiled_blocks)
-        if kernel is None or not kernel.schema.takes_form(rows):
+        if kernel is None or not kernel.schema.takes_form(rows) or len(rows) > self._batch_size:
             return None
         restore = kernel.checkpoint()
         try:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import _thread
 import math
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -30,13 +32,14 @@ from stream_em.statistics import Statistics, Sums
 if TYPE_CHECKING:
     from threadpoolctl import ThreadpoolController
 
-Result = TypeVar("Result")
-
 NOTHING = np.empty(0, dtype=np.intp)
 
 # Blocks of events are large enough that calls cost little, yet small enough to stay near the core, and where that can
 # be, so small that OpenBLAS multiplies them without packing them first.
 USUAL_BLOCK, LARGEST_BLOCK = 1024, 8192
+
+# Into how many pieces the events are cut for each thread that shares them.
+PIECES = 2
 
 # Each pass about better centers gains sixteen digits: enough to come from the largest values back to the smallest.
 MOST_PASSES = 8
@@ -245,9 +248,11 @@ class Mixture:
         """
         return self.bind(batch.schema)._expect(parameters, batch, n_threads=n_threads, compiled=compiled)[0]
 
-    def e_step_with_posterior(self, parameters: MixtureParameters, batch: Batch) -> tuple[Statistics, Posterior]:
-        """Return the expected sufficient statistics and what they were made from, in one E-step."""
-        statistics, posterior = self.bind(batch.schema)._expect(parameters, batch, keep=True)
+    def e_step_with_posterior(
+        self, parameters: MixtureParameters, batch: Batch, *, compiled: bool = False
+    ) -> tuple[Statistics, Posterior]:
+        """Return the expected sufficient statistics and what they were made from, in one E-step; see `e_step`."""
+        statistics, posterior = self.bind(batch.schema)._expect(parameters, batch, keep=True, compiled=compiled)
         assert posterior is not None
         return statistics, posterior
 
@@ -511,11 +516,22 @@ class _Expectation:
             blocks = partial(self._blocks, size=size, given=given, into=into, centers=centers, own=own)
         if n_threads <= 1:
             return blocks(0, n_events)
-        bounds = [starts[len(starts) * thread // n_threads] for thread in range(n_threads)] + [n_events]
-        # Threads that lived on would be missing, and waited for, in a process forked later.
-        with _one_blas_thread(), ThreadPoolExecutor(n_threads - 1) as threads:
-            others = threads.map(_without_warnings(blocks), bounds[1:-1], bounds[2:])
-            log_likelihoods, sums = zip(blocks(*bounds[:2]), *others)
+        # More pieces than threads: one that is done takes the next, so that a slower core holds up no other.
+        n_pieces = min(PIECES * n_threads, len(starts))
+        bounds = [starts[len(starts) * piece // n_pieces] for piece in range(n_pieces)] + [n_events]
+        pieces, done = iter(enumerate(pairwise(bounds))), {}
+
+        def work() -> None:
+            for piece, span in pieces:
+                done[piece] = blocks(*span)
+
+        with _one_blas_thread():
+            others = [_in_a_thread(work) for _ in range(n_threads - 1)]
+            work()
+            for other in others:
+                other.result()
+        # In the order of the events, whoever was faster, so that the same events give the same sums.
+        log_likelihoods, sums = zip(*(done[piece] for piece in range(n_pieces)))
         return sum(log_likelihoods), np.add.reduce(sums)
 
     def _compiled_blocks(
@@ -533,16 +549,14 @@ class _Expectation:
         # Compiled code takes the bits as they are.
         values = np.ascontiguousarray(self.batch.values, np.float64)
         weight = nothing if self.batch.weight is None else np.ascontiguousarray(self.batch.weight, np.float64)
-        posterior = Posterior(np.empty(self.batch.n_events), np.empty((self.n_components, 0))) if into is None else into
+        posterior = Posterior(np.empty(0), np.empty((self.n_components, 0))) if into is None else into
 
         def blocks(start: int, stop: int) -> tuple[float, Array]:
             sums = np.zeros(self.theta.shape)
             log_likelihood = sum_features(
-                self.theta, *table, center, values, weight, start, stop, *posterior, NOTHING, sums
+                self.theta, table, center, values, weight, start, stop, *posterior, NOTHING, sums
             )
-            # In the sum it may be hidden by a small weight.
-            lowest = np.minimum.reduce(posterior.log_prob[start:stop], initial=0.0)
-            if lowest >= -LARGEST_LOG_DENSITY and -LARGEST_LOG_DENSITY <= log_likelihood < math.inf:
+            if -LARGEST_LOG_DENSITY <= log_likelihood < math.inf:
                 return log_likelihood, sums
             # Some event is impossible under every component.
             return self._blocks(start, stop, size=USUAL_BLOCK, given=given, into=into, centers=centers, own=own)
@@ -633,14 +647,22 @@ class _Expectation:
         return features
 
 
-def _without_warnings(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Return the function as it is in a thread of its own, where `_far_events` does not reach."""
+def _in_a_thread(work: Callable[[], None]) -> Future[None]:
+    """Do work in a thread of its own; one that lived on would be missing, and waited for, in a process forked later."""
+    future: Future[None] = Future()
 
-    def called(*arguments: Any) -> Result:
-        with _far_events():
-            return function(*arguments)
+    def run() -> None:
+        try:
+            # Where the caller has turned warnings off does not reach into another thread.
+            with _far_events():
+                work()
+            future.set_result(None)
+        except BaseException as error:
+            future.set_exception(error)
 
-    return called
+    # `threading.Thread` waits until the thread runs, for as long as hundreds of events take.
+    _thread.start_new_thread(run, ())
+    return future
 
 
 def _far_events() -> np.errstate:
