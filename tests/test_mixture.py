@@ -532,6 +532,37 @@ def test_an_e_step_takes_batches_of_any_type_of_number(kind: str) -> None:
         assert_statistics_close(found, expected)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("distance", [0.5, 3.0, 30.0])
+@pytest.mark.parametrize("family", ["full", "diag", "mixed"])
+def test_wide_models_agree_with_numpy_however_far_apart_their_components_are(
+    family: str, distance: float, weighted: bool
+) -> None:
+    # From next to all responsibilities counting to one for each event; so wide that matrices are multiplied.
+    generator = np.random.default_rng(3)
+    n_fields, n_components = 24, 16
+    schema = Schema({f"x{field:02}": "numeric" for field in range(n_fields)})
+    mixed = Product({tuple(schema.names[:9:2]): Gaussian("full"), tuple(schema.names[20:]): Gaussian("diag")})
+    model = Mixture(mixed if family == "mixed" else Gaussian(family), n_components)
+    if family == "mixed":
+        schema = Schema(dict.fromkeys((*schema.names[:9:2], *schema.names[20:]), "numeric"))
+    centers = distance * generator.normal(size=(n_components, len(schema)))
+    came_from = generator.integers(n_components, size=3_000)
+    batch = schema.encode(
+        centers[came_from] + generator.normal(size=(3_000, len(schema))),
+        generator.exponential(size=3_000) if weighted else None,
+    )
+    bound = model.bind(schema)
+    shares = np.eye(n_components)[came_from].T
+    parameters = bound.initialize(batch, 0.9 * shares + 0.1 / n_components)
+    wanted, posterior = bound.e_step_with_posterior(parameters, batch)
+    found, other = bound.e_step_with_posterior(parameters, batch, compiled=True)
+    np.testing.assert_allclose(other.log_prob, posterior.log_prob, rtol=1e-10)
+    np.testing.assert_allclose(other.responsibilities, posterior.responsibilities, atol=1e-10)
+    assert found.log_likelihood == pytest.approx(wanted.log_likelihood, rel=1e-12)
+    assert_statistics_close(found, wanted)
+
+
 def test_what_goes_wrong_in_a_thread_reaches_the_caller() -> None:
     def interrupted() -> None:
         raise MemoryError("no room for the features")

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -99,13 +100,18 @@ def feature_table(
     (array([3, 3, 4, 0, 1]), array([ 3,  4,  4, -1, -1]))
 
     """
+    return _feature_table(tuple((tuple(positions.tolist()), full) for positions, full in factors))
+
+
+@lru_cache(maxsize=256)
+def _feature_table(factors: tuple[tuple[tuple[int, ...], bool], ...]) -> npt.NDArray[np.int64]:
     left: list[int] = []
     right: list[int] = []
     for positions, full in factors:
         size = len(positions)
         pairs = np.array(np.triu_indices(size) if full else 2 * [range(size)]) + len(left)
         pairs += pairs.shape[1]
-        left += [*pairs[0].tolist(), *positions.tolist()]
+        left += [*pairs[0].tolist(), *positions]
         right += [*pairs[1].tolist(), *size * [-1]]
     return np.array([left, right], dtype=np.int64)
 
