@@ -530,9 +530,7 @@ class ScoredEvents(_OfOneJob):
             )
         if self._parquet is None:
             self._parquet = SegmentedParquet(self._file.pending, self._file_schema)
-        # In one piece, so that the pages do not depend on the pieces that the source has read.
-        table = pa.concat_tables(self._waiting).combine_chunks()
-        self._parquet.write(table, 2 * ROW_GROUP)
+        self._parquet.write(pa.concat_tables(self._waiting), 2 * ROW_GROUP)
         self._waiting, self._n_waiting = [], 0
 
     def commit(self) -> Committed:  # noqa: D102 - see `Output`

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -22,7 +23,7 @@ _END_OF_FOOTER = 8
 
 
 class SegmentedParquet:
-    """Writes row groups to the end of a file.
+    """Writes row groups to the end of a file, in a thread of its own: an error waits for the next call.
 
     Parameters
     ----------
@@ -65,9 +66,12 @@ class SegmentedParquet:
         self._repeating = [field.name for field in schema if not pa.types.is_floating(field.type)]
         self._file: pa.NativeFile | None = None
         self._writer: pq.ParquetWriter | None = None
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
 
     def write(self, table: pa.Table, row_group_size: int) -> None:
-        """Write rows, as row groups of no more than so many."""
+        """Write rows, as row groups of no more than so many, while the caller goes on."""
+        self._wait()
         with _named(self._path):
             if self._writer is None:
                 self._file = pa.OSFile(str(self._path), "ab")
@@ -75,10 +79,23 @@ class SegmentedParquet:
                 # true place again: all offsets are those in the whole file.
                 os.lseek(_descriptor(self._file, self._path), 0, os.SEEK_SET)
                 self._writer = pq.ParquetWriter(self._file, self._schema, use_dictionary=self._repeating)
-            self._writer.write_table(table, row_group_size=row_group_size)
+        self._writing = self._thread.submit(self._write, self._writer, table, row_group_size)
+
+    @staticmethod
+    def _write(writer: pq.ParquetWriter, table: pa.Table, row_group_size: int) -> None:
+        # In one piece, so that the pages do not depend on the pieces that the source has read.
+        writer.write_table(table.combine_chunks(), row_group_size=row_group_size)
+
+    def _wait(self) -> None:
+        """Wait until all is written; raise the error that kept it from being."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            with _named(self._path):
+                writing.result()
 
     def end_segment(self) -> None:
         """End the segment in hand, if there is one."""
+        self._wait()
         if self._writer is not None and self._file is not None:
             with _named(self._path):
                 self._writer.close()
@@ -89,6 +106,7 @@ class SegmentedParquet:
     def finish(self) -> None:
         """Make a readable file of the segments."""
         self.end_segment()
+        self._thread.shutdown()
         if len(self.ends) < 2:
             # The footer of the only segment is that of the file.
             return
@@ -103,6 +121,9 @@ class SegmentedParquet:
 
     def abandon(self) -> None:
         """Write nothing more."""
+        if self._writing is not None:
+            wait([self._writing])
+        self._thread.shutdown()
         if self._writer is not None:
             # Arrow's writer would end the segment when it is forgotten.
             self._writer.is_open = False
