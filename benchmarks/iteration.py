@@ -18,7 +18,7 @@ SIZES = ((2, 3), (4, 5), (8, 8), (16, 16), (32, 32), (64, 16))
 TARGETS = {(2, 3): 10.0, (4, 5): 10.0, (8, 8): 8.0, (16, 16): 6.0, (32, 32): 4.0, (64, 16): 1.6}
 UPDATE_TARGET = 1.5
 # Events in each of the many updates after which compiled code takes over.
-FEW = 25
+SMALL_BATCH = 25
 TWO_THREADS_TARGET = 1.6
 TWO_THREADS_FROM = 8
 
@@ -93,8 +93,8 @@ def run() -> list[Table]:
 
             update(young)
             update(settled)
-            for start in range(0, FEW * COMPILE_AFTER, FEW):
-                settled.update(case.events[start % n_events :][:FEW])
+            for start in range(0, SMALL_BATCH * COMPILE_AFTER, SMALL_BATCH):
+                settled.update(case.events[start % n_events :][:SMALL_BATCH])
             with threadpool_limits(1):
                 theirs, numpy, ours, online, scoring, before = in_turn(
                     case.theirs,
@@ -156,7 +156,7 @@ def run() -> list[Table]:
             "merge, M-step; and `predict_then_update`, which hands out what its one E-step thought of the events. ns "
             f"per event, in NumPy and in the compiled code that takes over after {COMPILE_AFTER:,} mini-batches, of "
             "whole steps up to 40 fields and of the E-step beyond; and the latter's cost against the batch iteration "
-            "above in NumPy and in compiled code.",
+            "above in NumPy and in compiled code. The target is that of `update`.",
             (
                 *head,
                 "NumPy",

@@ -93,12 +93,13 @@ class BlockKernel:
         weight
             (B,), or None when all count alike.
         keep
-            Whether that is wanted; it is left empty otherwise.
+            Whether that is wanted.
 
         Returns
         -------
         log_prob, component, responsibilities
-            Shapes (B,), (B,) and (B, K); None when nothing was learned, because the numbers ask for more care.
+            Shapes (B,), (B,) and (B, K), B = 0 without `keep`; None when nothing was learned, because the numbers ask
+            for more care.
 
         """
         # Compiled code takes the bits as they are.
@@ -119,9 +120,10 @@ class BlockKernel:
         return self._told(answers) if keep else self._nothing_told
 
     def _told(self, answers: Array) -> tuple[Array, npt.NDArray[np.int64], Array]:
+        # Copies: who keeps one of these should not have to keep the responsibilities.
         winners = answers[-1].view(np.int64)
-        component = winners if self._ids_are_positions else self._state.component_ids[winners]
-        return answers[-2], component, answers[:-2].T
+        component = winners.copy() if self._ids_are_positions else self._state.component_ids[winners]
+        return answers[-2].copy(), component, answers[:-2].T
 
     def _learn_single(
         self, values: Array, weight: float, *, keep: bool
@@ -130,6 +132,6 @@ class BlockKernel:
         log_prob = state.learn_values(values, weight)
         if log_prob is None:
             return None
-        responsibilities = np.array([state.responsibilities] if keep else [], dtype=np.float64)
-        component = np.array([state.winner] if keep else [], dtype=np.int64)
-        return np.array([log_prob]), component, responsibilities.reshape(-1, state.model.n_components)
+        if not keep:
+            return self._nothing_told
+        return np.array([log_prob]), np.array([state.winner], np.int64), np.array([state.responsibilities])

@@ -71,7 +71,7 @@ from stream_em.numerics import (
 MATRIX = types.Array(types.float64, 2, "C")
 
 # Events taken through features, softmax and sums at once: no more than these, and fewer where they have many features,
-# so that both stay in the core's own memory, but not so few that the coefficients are read for next to nothing.
+# so that they stay in the core's caches, but not so few that the coefficients are read for next to nothing.
 CHUNK, LEAST_CHUNK, CHUNK_FEATURES = 1000, 128, 300_000
 
 # Doubles in a line of the cache.
@@ -534,7 +534,8 @@ def sum_features(
     left, right = table[0], table[1]
     n_components, n_columns = theta.shape
     small = theta.size <= MOST_COEFFICIENTS
-    chunk = max(LEAST_CHUNK, min(CHUNK, CHUNK_FEATURES // n_columns))
+    # Whole cache lines, and an odd number of them, so that rows do not compete for the same places.
+    chunk = CACHE_LINE * (max(LEAST_CHUNK, min(CHUNK, CHUNK_FEATURES // n_columns)) // CACHE_LINE | 1)
     size = min(chunk, stop - start)
     memory, part = _aligned((n_columns + n_components + 4) * size), np.empty((n_columns, n_components))
     log_likelihood, n_impossible = 0.0, 0
@@ -577,7 +578,7 @@ def sum_features(
             for component in range(n_components):
                 for column in range(n_columns):
                     sums[component, column] += part[column, component]
-    # In the sum it may be hidden by a small weight.
+    # An impossible event may be hidden in the sum by its small weight.
     return log_likelihood if n_impossible == 0 else np.nan
 
 
@@ -627,8 +628,7 @@ def step_block(state: Array, table: Any, events: Any, weight: Array, answers: Ar
         return np.nan
     center = np.empty(events.shape[0])
     _pooled_mean(state, table[0], center)
-    kept = answers.shape[1]
-    log_prob, winners = answers[n_components][:kept], answers[n_components + 1][:kept].view(np.int64)
+    log_prob, winners = answers[n_components], answers[n_components + 1].view(np.int64)
     log_likelihood = sum_features(
         theta, table, center, events, weight, 0, n_events, log_prob, answers[:n_components], winners, sums
     )

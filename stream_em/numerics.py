@@ -36,10 +36,6 @@ SMALLEST_RELATIVE_PIVOT = 1e-13
 # notice of the zeros; below it the gain is not worth the import.
 SMALLEST_FOR_LAPACK = 16
 
-# A product of matrices of fewer products is not packed first by OpenBLAS; and more features than this in a block of
-# events are far from the core.
-UNPACKED_PRODUCTS, MOST_FEATURES = 1_000_000, 2_400_000
-
 # Whole numbers stay below this, so that any two may be added or divided as doubles or 64-bit integers.
 LARGEST_WHOLE = 2**62
 

@@ -4,6 +4,8 @@ import math
 import os
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -41,7 +43,7 @@ from stream_em import (
     Schema,
 )
 from stream_em.families.gaussian import GaussianParameters
-from stream_em.models.mixture import _in_a_thread
+from stream_em.models import mixture
 from stream_em.numerics import LARGEST_LOG_DENSITY
 
 EVENTS = draw_values(NUMERIC, 500, np.random.default_rng(1)).T
@@ -563,18 +565,51 @@ def test_wide_models_agree_with_numpy_however_far_apart_their_components_are(
     assert_statistics_close(found, wanted)
 
 
-def test_what_goes_wrong_in_a_thread_reaches_the_caller() -> None:
-    def interrupted() -> None:
-        raise MemoryError("no room for the features")
+@pytest.mark.parametrize("where", ["in the caller", "in the other thread"])
+def test_what_goes_wrong_in_a_thread_reaches_the_caller_when_none_is_at_work(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Mixture(Gaussian(), 2).bind(NUMERIC)
+    batch = NUMERIC.encode(np.random.default_rng(0).normal(size=(40_000, 3)))
+    caller, begun, ended = threading.get_ident(), [], []
+    sum_features = mixture._sum_features()
+    assert sum_features is not None
 
+    def failing(*inputs: Any) -> float:
+        begun.append(1)
+        if (threading.get_ident() == caller) == (where == "in the caller"):
+            raise MemoryError("no room for the features")
+        time.sleep(0.05)
+        ended.append(1)
+        return sum_features(*inputs)
+
+    monkeypatch.setattr(mixture, "_sum_features", lambda: failing)
     with pytest.raises(MemoryError, match="no room"):
-        _in_a_thread(interrupted).result()
+        model.e_step(model.pooled(batch), batch, n_threads=2)
+    assert len(begun) == len(ended) + 1
+    time.sleep(0.1)
+    assert len(begun) == len(ended) + 1 <= 3
 
 
-def test_threads_give_the_same_sums_whoever_is_faster() -> None:
+def test_threads_give_the_same_sums_whoever_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Mixture(Gaussian(), 2).bind(NUMERIC)
     batch = NUMERIC.encode(np.random.default_rng(0).normal(size=(40_000, 3)))
     parameters = model.pooled(batch)
-    first, *others = (model.e_step(parameters, batch, n_threads=3).parts["moments"].scatter for _ in range(5))  # type: ignore[union-attr]
-    for other in others:
-        np.testing.assert_array_equal(first, other)
+    usual = model.e_step(parameters, batch, n_threads=2)
+    sum_features, order = mixture._sum_features(), []
+    assert sum_features is not None
+
+    def delayed(*inputs: Any) -> float:
+        start = inputs[5]
+        if start == 0:
+            time.sleep(0.2)
+        order.append(start)
+        return sum_features(*inputs)
+
+    monkeypatch.setattr(mixture, "_sum_features", lambda: delayed)
+    late = model.e_step(parameters, batch, n_threads=2)
+    assert order[-1] == 0
+    assert late.log_likelihood == usual.log_likelihood
+    for name, part in usual.parts.items():
+        for one, other in zip(vars(part).values(), vars(late.parts[name]).values()):
+            np.testing.assert_array_equal(one, other)

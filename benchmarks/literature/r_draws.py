@@ -18,7 +18,8 @@ from scipy.special import ndtri
 from stream_em.numerics import Array
 
 STATE_WORDS = 624
-SMALLEST_UNIFORM = 2.328306437080797e-10
+# A number that would be 0 or 1 is moved away by half of this.
+SMALLEST_STEP = 1.0 / (2**32 - 1)
 # A normal number is made from two uniform ones, the first of which gives its leading 27 bits.
 LEADING = 134217728
 
@@ -45,8 +46,8 @@ class RStream:
 
     def uniform(self, n: int) -> Array:
         """Return numbers (n,) in (0, 1)."""
-        drawn = self._bits.random_raw(n) * 2.3283064365386963e-10
-        return np.clip(drawn, 0.5 * SMALLEST_UNIFORM, 1.0 - 0.5 * SMALLEST_UNIFORM)
+        drawn = self._bits.random_raw(n) * 2.0**-32
+        return np.clip(drawn, 0.5 * SMALLEST_STEP, 1.0 - 0.5 * SMALLEST_STEP)
 
     def skip(self, n: int) -> None:
         """Pass over uniform numbers."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -23,7 +23,7 @@ _END_OF_FOOTER = 8
 
 
 class SegmentedParquet:
-    """Writes row groups to the end of a file, in a thread of its own: an error waits for the next call.
+    """Writes row groups to the end of a file, in a thread of its own: an error is raised by every later call.
 
     Parameters
     ----------
@@ -89,9 +89,9 @@ class SegmentedParquet:
     def _wait(self) -> None:
         """Wait until all is written; raise the error that kept it from being."""
         if self._writing is not None:
-            writing, self._writing = self._writing, None
             with _named(self._path):
-                writing.result()
+                self._writing.result()
+            self._writing = None
 
     def end_segment(self) -> None:
         """End the segment in hand, if there is one."""
@@ -105,8 +105,10 @@ class SegmentedParquet:
 
     def finish(self) -> None:
         """Make a readable file of the segments."""
-        self.end_segment()
-        self._thread.shutdown()
+        try:
+            self.end_segment()
+        finally:
+            self._thread.shutdown()
         if len(self.ends) < 2:
             # The footer of the only segment is that of the file.
             return
@@ -121,8 +123,6 @@ class SegmentedParquet:
 
     def abandon(self) -> None:
         """Write nothing more."""
-        if self._writing is not None:
-            wait([self._writing])
         self._thread.shutdown()
         if self._writer is not None:
             # Arrow's writer would end the segment when it is forgotten.

@@ -95,9 +95,14 @@ def feature_table(
     factors
         Positions of the fields of each Gaussian factor, and whether its covariance is full.
 
-    >>> left, right = feature_table([(np.array([0, 1]), True)])  # the products 00, 01 and 11 of rows 3 and 4, fields
-    >>> left, right
-    (array([3, 3, 4, 0, 1]), array([ 3,  4,  4, -1, -1]))
+    Returns
+    -------
+    table
+        (2, Q) left and right; shared between calls, not to be written to.
+
+    >>> feature_table([(np.array([0, 1]), True)])  # the products 00, 01 and 11 of rows 3 and 4, then the fields
+    array([[ 3,  3,  4,  0,  1],
+           [ 3,  4,  4, -1, -1]])
 
     """
     return _feature_table(tuple((tuple(positions.tolist()), full) for positions, full in factors))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import _thread
 import math
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
@@ -19,8 +20,6 @@ import numpy.typing as npt
 from stream_em.families.base import Block, Family, FamilyError, Mask, Parts, feature_table
 from stream_em.numerics import (
     LARGEST_LOG_DENSITY,
-    MOST_FEATURES,
-    UNPACKED_PRODUCTS,
     Array,
     check_whole,
     compiled_or_none,
@@ -35,11 +34,11 @@ if TYPE_CHECKING:
 NOTHING = np.empty(0, dtype=np.intp)
 
 # Blocks of events are large enough that calls cost little, yet small enough to stay near the core, and where that can
-# be, so small that OpenBLAS multiplies them without packing them first.
-USUAL_BLOCK, LARGEST_BLOCK = 1024, 8192
+# be, of so few products that OpenBLAS multiplies them without packing them first.
+USUAL_BLOCK, LARGEST_BLOCK, UNPACKED_PRODUCTS, MOST_FEATURES = 1024, 8192, 1_000_000, 2_400_000
 
-# Into how many pieces the events are cut for each thread that shares them.
-PIECES = 2
+# More than one, so that a slower core holds up no other: a thread that is done takes the next piece.
+PIECES_PER_THREAD = 2
 
 # Each pass about better centers gains sixteen digits: enough to come from the largest values back to the smallest.
 MOST_PASSES = 8
@@ -516,20 +515,29 @@ class _Expectation:
             blocks = partial(self._blocks, size=size, given=given, into=into, centers=centers, own=own)
         if n_threads <= 1:
             return blocks(0, n_events)
-        # More pieces than threads: one that is done takes the next, so that a slower core holds up no other.
-        n_pieces = min(PIECES * n_threads, len(starts))
+        n_pieces = min(PIECES_PER_THREAD * n_threads, len(starts))
         bounds = [starts[len(starts) * piece // n_pieces] for piece in range(n_pieces)] + [n_events]
         pieces, done = iter(enumerate(pairwise(bounds))), {}
 
         def work() -> None:
-            for piece, span in pieces:
-                done[piece] = blocks(*span)
+            try:
+                for piece, span in pieces:
+                    done[piece] = blocks(*span)
+            except BaseException:
+                # The other threads find no piece left.
+                deque(pieces, maxlen=0)
+                raise
 
+        others: list[Future[None]] = []
         with _one_blas_thread():
-            others = [_in_a_thread(work) for _ in range(n_threads - 1)]
-            work()
-            for other in others:
-                other.result()
+            try:
+                others.extend(_in_a_thread(work) for _ in range(n_threads - 1))
+                work()
+            finally:
+                # They read and write what belongs to the caller.
+                wait(others)
+        for other in others:
+            other.result()
         # In the order of the events, whoever was faster, so that the same events give the same sums.
         log_likelihoods, sums = zip(*(done[piece] for piece in range(n_pieces)))
         return sum(log_likelihoods), np.add.reduce(sums)
@@ -558,7 +566,7 @@ class _Expectation:
             )
             if -LARGEST_LOG_DENSITY <= log_likelihood < math.inf:
                 return log_likelihood, sums
-            # Some event is impossible under every component.
+            # Some event is impossible under every component, or so many are all but impossible.
             return self._blocks(start, stop, size=USUAL_BLOCK, given=given, into=into, centers=centers, own=own)
 
         return blocks
@@ -653,7 +661,7 @@ def _in_a_thread(work: Callable[[], None]) -> Future[None]:
 
     def run() -> None:
         try:
-            # Where the caller has turned warnings off does not reach into another thread.
+            # That the caller ignores these warnings does not reach into another thread.
             with _far_events():
                 work()
             future.set_result(None)
