@@ -22,7 +22,7 @@ Outcome = TypeVar("Outcome")
 
 WRONG_BASIN = 0.01
 WRONG_BASIN_TEXT = (
-    "A run ended in a wrong basin when its log-likelihood is more than 1% below that of the true parameters."
+    "A run counts as in a wrong basin when its log-likelihood is more than 1% below that of the true parameters."
 )
 
 
