@@ -11,7 +11,19 @@ from cases import CASES, COMPILED_CASES, assert_statistics_close, draw_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stream_em import Batch, Constant, EventError, Gaussian, Harmonic, Mixture, OnlineEM, Product, RobbinsMonro, Schema
+from stream_em import (
+    AdaptiveComponents,
+    Batch,
+    Constant,
+    EventError,
+    Gaussian,
+    Harmonic,
+    Mixture,
+    OnlineEM,
+    Product,
+    RobbinsMonro,
+    Schema,
+)
 from stream_em.block_kernel import BlockKernel
 from stream_em.learners import online
 from stream_em.models import mixture
@@ -339,3 +351,19 @@ def test_what_has_no_compiled_step_takes_its_e_step_in_compiled_code(
     np.testing.assert_allclose(found.log_prob, wanted.log_prob, rtol=1e-9)
     np.testing.assert_allclose(found.responsibilities, wanted.responsibilities, atol=1e-9)
     assert_statistics_close(compiled.statistics, reference.statistics)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_structure_that_is_taken_away_leaves_its_components_to_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(online, "COMPILE_AFTER", 5)
+    generator = np.random.default_rng(1)
+    events = generator.normal(size=(6_000, 2)) + 10.0 * generator.integers(4, size=(6_000, 1))
+    structure = AdaptiveComponents()
+    learner = OnlineEM(
+        Mixture(Gaussian(), 2), structure=structure, batch_size=200, schedule=Constant(0.05), seed=0
+    ).update(events)
+    n_components = learner.parameters.n_components
+    assert n_components > 2
+    learner.structure = None
+    assert learner.predict_then_update(events[:200]).responsibilities.shape == (200, n_components)
+    assert learner.kernel() is None

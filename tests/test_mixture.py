@@ -613,3 +613,26 @@ def test_threads_give_the_same_sums_whoever_is_faster(monkeypatch: pytest.Monkey
     for name, part in usual.parts.items():
         for one, other in zip(vars(part).values(), vars(late.parts[name]).values()):
             np.testing.assert_array_equal(one, other)
+
+
+def test_blas_has_its_threads_again_when_overlapping_callers_are_done() -> None:
+    # In a process of its own, since the limit is one of the process.
+    program = """
+import threading, time
+import numpy as np, threadpoolctl
+from stream_em import Gaussian, Mixture, Schema
+schema = Schema(dict.fromkeys(("a", "b", "c", "d"), "numeric"))
+batch = schema.encode(np.random.default_rng(0).normal(size=(200_000, 4)))
+model = Mixture(Gaussian(), 8)
+parameters = model.bind(schema).pooled(batch)
+threadpoolctl.threadpool_limits(2, user_api="blas")
+callers = [threading.Thread(target=model.e_step, args=(parameters, batch), kwargs={"n_threads": 2}) for _ in range(6)]
+for caller in callers:
+    caller.start()
+    time.sleep(0.005)
+for caller in callers:
+    caller.join()
+print({one["num_threads"] for one in threadpoolctl.threadpool_info() if one["user_api"] == "blas"})
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "{2}\n"

@@ -381,6 +381,9 @@ class OnlineEM(FittedMixture):
             return None
         if kernel is None and (state.statistics is None or not state.n_updates or self._unseen):
             return None
+        # A `structure` that was taken away has left as many as it came to.
+        if kernel is None and len(self._component_ids()) != bound.n_components:
+            return None
 
         def load() -> EventKernel:
             from stream_em.event_kernel import EventKernel

@@ -529,7 +529,7 @@ class _Expectation:
                 raise
 
         others: list[Future[None]] = []
-        with _one_blas_thread():
+        with _one_blas_thread:
             try:
                 others.extend(_in_a_thread(work) for _ in range(n_threads - 1))
                 work()
@@ -695,7 +695,28 @@ def _blas() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-def _one_blas_thread() -> AbstractContextManager[Any]:
-    """The blocks are the parallelism; BLAS threads below them would only compete."""
-    limit: AbstractContextManager[Any] = _blas().limit(limits=1, user_api="blas")
-    return limit
+class _OneBlasThread:
+    """The blocks are the parallelism; BLAS threads below them would only compete.
+
+    The limit is one of the whole process: the first of those who are at work lowers it, the last restores it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._n_users = 0
+        self._limit: AbstractContextManager[Any] | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._n_users:
+                self._limit = _blas().limit(limits=1, user_api="blas")
+            self._n_users += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._n_users -= 1
+            if not self._n_users and self._limit is not None:
+                self._limit.__exit__(None, None, None)
+
+
+_one_blas_thread = _OneBlasThread()
