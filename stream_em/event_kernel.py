@@ -366,15 +366,13 @@ class EventKernel:
         self._n_collected = state.n_events
         return state
 
-    def checkpoint(self) -> Callable[[], None]:
-        """Return a function that takes everything back to where it is now."""
-        vector, n_collected = self.vector.copy(), self._n_collected
+    def checkpoint(self) -> tuple[Array, int]:
+        """Return what `restore` goes back to."""
+        return self.vector.copy(), self._n_collected
 
-        def restore() -> None:
-            self.vector[:] = vector
-            self._n_collected = n_collected
-
-        return restore
+    def restore(self, checkpoint: tuple[Array, int]) -> None:
+        """Take everything back to where it was at the checkpoint."""
+        self.vector[:], self._n_collected = checkpoint
 
     def _unpack(self) -> State:
         vector = self.vector

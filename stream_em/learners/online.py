@@ -454,7 +454,8 @@ class OnlineEM(FittedMixture):
 
     def _learn(self, batch: Batch, scored: Scored | None) -> None:
         before = dict(self.__dict__, _buffer=list(self._buffer))
-        restore = None if self._kernel is None else self._kernel.checkpoint()
+        kernel = self._kernel
+        checkpoint = None if kernel is None else kernel.checkpoint()
         try:
             batch, bound = self._accept(batch)
             if self.structure is not None and not self._known.n_updates:
@@ -474,8 +475,8 @@ class OnlineEM(FittedMixture):
                 start = stop
         except BaseException:
             self.__dict__.update(before)
-            if restore is not None:
-                restore()
+            if kernel is not None and checkpoint is not None:
+                kernel.restore(checkpoint)
             raise
         if batch.ignored_fields:
             self.ignored_fields.update(batch.ignored_fields)
@@ -702,11 +703,11 @@ class OnlineEM(FittedMixture):
         kernel = self._kernel_with("blocks", has_compiled_blocks)
         if kernel is None or not kernel.schema.takes_form(rows) or len(rows) > self._batch_size:
             return None
-        restore = kernel.checkpoint()
+        checkpoint = kernel.checkpoint()
         try:
             return kernel.blocks.learn(rows.T, keep=keep)
         except BaseException:
-            restore()
+            kernel.restore(checkpoint)
             raise
 
     def _settle(self, bound: Mixture, piece: Batch) -> None:
