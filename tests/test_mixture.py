@@ -619,7 +619,7 @@ def test_blas_has_its_threads_again_when_overlapping_callers_are_done() -> None:
     # In a process of its own, since the limit is one of the process.
     program = """
 import threading, time
-import numpy as np, threadpoolctl
+import numpy as np, scipy.linalg, threadpoolctl
 from stream_em import Gaussian, Mixture, Schema
 schema = Schema(dict.fromkeys(("a", "b", "c", "d"), "numeric"))
 batch = schema.encode(np.random.default_rng(0).normal(size=(200_000, 4)))

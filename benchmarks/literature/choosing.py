@@ -188,6 +188,7 @@ def sixteen() -> Study:
     components = GaussianParameters(4.0 * generator.normal(size=(16, 4)), covariance)
     return Study(
         "Sixteen",
+        "sixteen Gaussians of four fields and unequal weights",
         Mixture(Gaussian(), 16),
         Schema(dict.fromkeys("abcd", "numeric")),
         MixtureParameters(weights, components, np.arange(16)),
