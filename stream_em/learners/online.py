@@ -379,10 +379,13 @@ class OnlineEM(FittedMixture):
         state, bound, schema = self._known, self._bound, self._schema
         if bound is None or schema is None or not self._compiles or not has_form(bound, self.schedule):
             return None
-        if kernel is None and (state.statistics is None or not state.n_updates or self._unseen):
-            return None
-        # A `structure` that was taken away has left as many as it came to.
-        if kernel is None and len(self._component_ids()) != bound.n_components:
+        if kernel is None and (
+            state.statistics is None
+            or not state.n_updates
+            or self._unseen
+            # A `structure` that was taken away has left as many as it came to.
+            or len(state.statistics.component_ids) != bound.n_components
+        ):
             return None
 
         def load() -> EventKernel:

@@ -37,9 +37,10 @@ _FALSE = ("false", "False", "FALSE", "0", "0.0")
 _SHARE_OF_NUMBERS = 0.9
 _NUMERIC_KINDS = ("numeric", "count", "duration")
 
-# Where they stand in the name of the only column, the cells are not separated as was assumed.
 # Bytes at the end of what is read at once, among which is one that is no line break.
-LONGEST_END = 64
+_LONGEST_END = 64
+
+# Where they stand in the name of the only column, the cells are not separated as was assumed.
 _DELIMITERS = (";", "\t", "|", ",")
 
 
@@ -213,7 +214,7 @@ class _Tail:
 
     def read(self, size: int) -> bytes:
         content = self._stream.read(size)
-        self.tail = content[-LONGEST_END:].rstrip(b"\r\n")[-1:] or self.tail
+        self.tail = content[-_LONGEST_END:].rstrip(b"\r\n")[-1:] or self.tail
         return content
 
     def close(self) -> None:
