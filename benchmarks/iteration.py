@@ -154,9 +154,9 @@ def run() -> list[Table]:
             "Online updates against the batch iteration",
             "`OnlineEM.update` with batches of 1,000 rows of a NumPy array, the same events: encoding, E-step, "
             "merge, M-step; and `predict_then_update`, which hands out what its one E-step thought of the events. ns "
-            f"per event, in NumPy and in the compiled code that takes over after {COMPILE_AFTER:,} mini-batches, of "
-            "whole steps up to 40 fields and of the E-step beyond; and the latter's cost against the batch iteration "
-            "above in NumPy and in compiled code. The target is that of `update`.",
+            f"per event, in NumPy and in the compiled code that takes over after {COMPILE_AFTER:,} mini-batches; "
+            "and the latter's cost against the batch iteration above in NumPy and in compiled code. The target is that "
+            "of `update`.",
             (
                 *head,
                 "NumPy",

@@ -153,20 +153,30 @@ def _precision(state: Array, row: int, component: int, inverse: int, precision: 
     size = int(state[row + SIZE])
     factor = int(state[row + FACTOR]) + component * size * size
     root = int(state[row + ROOT]) + component * size
-    for j in range(size):
-        state[at(inverse + j * size + j)] = state[at(root + j)]
-        for i in range(j + 1, size):
-            value = 0.0
-            for m in range(j, i):
-                value -= state[at(factor + i * size + m)] * state[at(inverse + m * size + j)]
-            state[at(inverse + i * size + j)] = value * state[at(root + i)]
+    for i in range(size):
+        row, scale = inverse + i * size, state[at(root + i)]
+        for j in range(i):
+            state[at(row + j)] = 0.0
+        # Row by row, so that the innermost loops run along the memory.
+        for m in range(i):
+            coefficient, other = state[at(factor + i * size + m)], inverse + m * size
+            for j in range(m + 1):
+                state[at(row + j)] -= coefficient * state[at(other + j)]
+        for j in range(i):
+            state[at(row + j)] *= scale
+        state[at(row + i)] = scale
     for i in range(size):
         for j in range(i + 1):
-            value = 0.0
-            for m in range(i, size):
-                value += state[at(inverse + m * size + i)] * state[at(inverse + m * size + j)]
-            state[at(precision + i * size + j)] = value
-            state[at(precision + j * size + i)] = value
+            state[at(precision + i * size + j)] = 0.0
+    for m in range(size):
+        row = inverse + m * size
+        for i in range(m + 1):
+            coefficient, target = state[at(row + i)], precision + i * size
+            for j in range(i + 1):
+                state[at(target + j)] += coefficient * state[at(row + j)]
+    for i in range(size):
+        for j in range(i):
+            state[at(precision + j * size + i)] = state[at(precision + i * size + j)]
 
 
 @compiled

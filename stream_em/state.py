@@ -13,10 +13,6 @@ from stream_em.statistics import Statistics
 COMPILED_FAMILIES: tuple[type[Family], ...] = (Bernoulli, Categorical, Exponential, Gaussian, Poisson)
 COMPILED_SCHEDULES = (Constant, Harmonic, RobbinsMonro)
 
-# With more features, such as those of 40 fields with full covariances, the matrix products are all that counts, and
-# NumPy's are as fast.
-MOST_FEATURES_IN_BLOCKS = 860
-
 
 @dataclass(frozen=True, eq=False)
 class State:
@@ -54,7 +50,7 @@ def has_compiled_form(model: Mixture, schedule: Schedule) -> bool:
         type(schedule) in COMPILED_SCHEDULES
         and type(model) is Mixture
         and model.prior_weight >= WEAK_PRIOR
-        and all(type(family) in COMPILED_FAMILIES for family, _ in _leaves(model))
+        and all(type(family) in COMPILED_FAMILIES for family in _families(model))
     )
 
 
@@ -63,18 +59,12 @@ def has_compiled_blocks(model: Mixture, schedule: Schedule) -> bool:
     return (
         has_compiled_form(model, schedule)
         and model.assignment == "soft"
-        and all(
-            isinstance(family, Gaussian)
-            and family.covariance_type != "tied"
-            and (size * (size + 3) // 2 if family.covariance_type == "full" else 2 * size) <= MOST_FEATURES_IN_BLOCKS
-            for family, size in _leaves(model)
-        )
+        and all(isinstance(family, Gaussian) and family.covariance_type != "tied" for family in _families(model))
     )
 
 
-def _leaves(model: Mixture) -> list[tuple[Family, int]]:
-    """Return the families of a bound model that are no products, with their numbers of fields."""
+def _families(model: Mixture) -> list[Family]:
+    """Return the families of a bound model that are no products."""
     if isinstance(model.family, Product):
-        return [(factor.family, len(factor.positions)) for factor in model.family.factors]
-    assert model.schema is not None
-    return [(model.family, len(model.schema))]
+        return [factor.family for factor in model.family.factors]
+    return [model.family]
