@@ -120,4 +120,6 @@ $(READY): pyproject.toml requirements-lock.txt
 	@$(PYTHON) -m venv $(VENV)
 	@constraint=''; if $(BIN)/python -c '$(LOCKED_PLATFORM)'; then constraint='-c requirements-lock.txt'; fi; \
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check $$constraint -e '.[dev]'
+	@# As pip does for all but this: tests start hundreds of processes, some where Python is told to keep no bytecode.
+	@$(BIN)/python -m compileall -q stream_em
 	@touch $@

@@ -85,8 +85,7 @@ def assert_alike(compiled: OnlineEM, reference: OnlineEM, tolerance: float = 1e-
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gaussian_full", "product"])
-@pytest.mark.parametrize("missing", [0.0, 0.1])
+@pytest.mark.parametrize(("name", "missing"), [("gaussian_full", 0.0), ("product", 0.1)])
 def test_ten_thousand_events_agree_with_blocks_of_one_in_numpy(name: str, missing: float) -> None:
     compiled, reference = twins(name)
     for position, event in enumerate(draw_events(name, 10_000, 3, missing)):

@@ -54,8 +54,8 @@ def _pruned(seed: int) -> OnlineEM:
 @pytest.mark.slow
 def test_thirty_components_come_down_to_the_three_there_are() -> None:
     """Published: 17 of 20 runs and more, single events, step 1/150. All 20 seeds take too long for a test."""
-    learners = [_pruned(seed) for seed in range(4)]
-    assert [learner.parameters.n_components for learner in learners].count(3) >= 3
+    learners = [_pruned(seed) for seed in range(2)]
+    assert [learner.parameters.n_components for learner in learners] == [3, 3]
     learner = learners[0]
     np.testing.assert_allclose(np.sort(learner.parameters.components.mean[:, 1]), [-2.0, 0.0, 2.0], atol=0.5)
     assert learner.structure_changes.deaths == 27

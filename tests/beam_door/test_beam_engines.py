@@ -111,7 +111,7 @@ def test_refit_equals_batch_em_in_this_process(engine: Engine, shards: int) -> N
     options: dict[str, Any] = {
         "schema": SCHEMA,
         "initial_parameters": a_start(events)[1],
-        "max_iter": 3,
+        "max_iter": 2,
         "tol": 0.0,
     }
     unusable = {"x": float("inf"), "y": 0.0, "shop": "a"}

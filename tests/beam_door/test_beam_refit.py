@@ -110,18 +110,18 @@ def test_refit_is_batch_em_in_every_family(name: str) -> None:
 
 
 @several_workers
-@pytest.mark.parametrize(("n_shards", "n_workers", "fanout"), [(1, 1, None), (2, 2, None), (8, 8, 2), (64, 4, 3)])
+@pytest.mark.parametrize(("n_shards", "n_workers", "fanout"), [(1, 1, None), (2, 2, None), (8, 3, 2), (64, 4, 3)])
 def test_refit_is_batch_em_however_the_events_are_sharded(n_shards: int, n_workers: int, fanout: int | None) -> None:
     case = CASES["product"]
     batch = draw_batch(case, 640, 3, missing=0.2, weighted=True)
     _, start = draw_parameters(case, 3, 4)
     options: dict[str, Any] = {"schema": case.schema, "initial_parameters": start, "tol": 0.0, "fanout": fanout}
     model, pieces = Mixture(case.family, 3), shards(batch, n_shards)
-    run = Refit(model, max_iter=4, **options).run(Sharded(pieces), options=workers(n_workers), runner=RUNNER)
-    expected = in_process(case, batch, start, 4)
+    run = Refit(model, max_iter=2, **options).run(Sharded(pieces), options=workers(n_workers), runner=RUNNER)
+    expected = in_process(case, batch, start, 2)
     assert_fits_equal(run.learner, expected)
     with beam.Pipeline(RUNNER, options=workers(n_workers)) as pipeline:
-        fits = pipeline | Sharded(pieces) | Refit(model, unrolled=4, **options)
+        fits = pipeline | Sharded(pieces) | Refit(model, unrolled=2, **options)
 
         def check(found: list[BatchEM]) -> None:
             assert_fits_equal(found[0], expected)
@@ -151,7 +151,7 @@ def test_a_fit_converges_as_batch_em_does() -> None:
     schema = Schema({f"x{column}": "numeric" for column in range(4)})
     shares = np.random.default_rng(0).dirichlet(np.ones(3), size=len(IRIS)).T
     start = Mixture(Gaussian(), 3).initialize(schema.encode(IRIS), shares)
-    options: dict[str, Any] = {"schema": schema, "initial_parameters": start, "tol": 1e-3, "max_iter": 90}
+    options: dict[str, Any] = {"schema": schema, "initial_parameters": start, "tol": 3e-3, "max_iter": 90}
     expected = BatchEM(Mixture(Gaussian(), 3), **options).fit(IRIS)
     found = Refit(Mixture(Gaussian(), 3), **options).run(beam.Create(np.array_split(IRIS, 3)), runner=RUNNER).learner
     assert found.converged
