@@ -103,10 +103,10 @@ def run() -> list[Table]:
                     partial(update, settled),
                     partial(predict_then_update, settled),
                     partial(update, young),
-                    repeats=9 if n_fields < 32 else 5,
+                    repeats=25 if n_fields < 16 else 9,
                 )
                 numpy_too, one, two = in_turn(
-                    case.ours, partial(case.ours, compiled=True), partial(case.ours, n_threads=2), repeats=15
+                    case.ours, partial(case.ours, compiled=True), partial(case.ours, n_threads=2), repeats=31
                 )
             assert abs(case.log_likelihood - case.peer_log_likelihood) <= 1e-9 * abs(case.peer_log_likelihood)
             ratio = theirs / ours

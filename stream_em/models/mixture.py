@@ -38,7 +38,7 @@ NOTHING = np.empty(0, dtype=np.intp)
 USUAL_BLOCK, LARGEST_BLOCK, UNPACKED_PRODUCTS, MOST_FEATURES = 1024, 8192, 1_000_000, 2_400_000
 
 # More than one, so that a slower core holds up no other: a thread that is done takes the next piece.
-PIECES_PER_THREAD = 2
+PIECES_PER_THREAD = 8
 
 # Each pass about better centers gains sixteen digits: enough to come from the largest values back to the smallest.
 MOST_PASSES = 8
