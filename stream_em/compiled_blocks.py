@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+from llvmlite.binding import get_host_cpu_features
 from numba import types
 
 from stream_em.compiled import (
@@ -72,13 +73,15 @@ MATRIX = types.Array(types.float64, 2, "C")
 
 # Events taken through features, softmax and sums at once: no more than these, and fewer where they have many features,
 # so that they stay in the core's caches, but not so few that the coefficients are read for next to nothing.
-CHUNK, LEAST_CHUNK, CHUNK_FEATURES = 1000, 128, 300_000
+CHUNK, LEAST_CHUNK, CHUNK_FEATURES = 500, 128, 300_000
 
 # Doubles in a line of the cache.
 CACHE_LINE = 8
 
-# Up to so many coefficients, matrices are too small for OpenBLAS, which packs what it multiplies, to be faster.
-MOST_COEFFICIENTS = 600
+# Up to so many coefficients, matrices are too small for OpenBLAS, which packs what it multiplies, to be faster: more of
+# them where vectors are those of AVX2 than where it has the wider ones of AVX-512.
+_features = get_host_cpu_features()
+MOST_COEFFICIENTS = 2_600 if _features.get("avx2") and not _features.get("avx512f") else 600
 
 LOG2_E = 1.4426950408889634
 LN2_HIGH, LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
@@ -262,8 +265,8 @@ def _aligned(size: int) -> Array:
 
 @compiled
 def _write_features(left: Any, right: Any, center: Array, values: Array, first: int, features: Array) -> None:
-    """Write the features of some events, see `sum_features`; the last row is 1."""
-    n_features, n_events = len(left), features.shape[1]
+    """Write the features of some events, see `sum_features`."""
+    n_features, n_events = features.shape
     for row in range(n_features):
         if right[row] < 0:
             source, target = values[left[row], first : first + n_events], features[row]
@@ -275,9 +278,6 @@ def _write_features(left: Any, right: Any, center: Array, values: Array, first: 
             one, other, target = features[left[row]], features[right[row]], features[row]
             for event in range(n_events):
                 target[event] = one[event] * other[event]
-    ones = features[n_features]
-    for event in range(n_events):
-        ones[event] = 1.0
 
 
 @compiled
@@ -448,62 +448,117 @@ def _absorb_sums(state: Array, sums: Array) -> None:
 
 @compiled
 def _project(theta: Array, features: Array, log_joint: Array) -> None:
-    """Write theta @ features, the last of which is 1: two components and four features at a time."""
-    n_components, n_features = theta.shape[0], theta.shape[1] - 1
-    n_events = features.shape[1]
-    for first in range(0, n_components, 2):
-        # The last of an odd number is written twice.
-        second = min(first + 1, n_components - 1)
-        one, other = log_joint[first], log_joint[second]
-        constant, other_constant = theta[first, n_features], theta[second, n_features]
-        for event in range(n_events):
-            one[event] = constant
-            other[event] = other_constant
-        if first == second:
-            for row in range(n_features):
-                feature, coefficient = features[row], theta[first, row]
-                for event in range(n_events):
-                    one[event] += coefficient * feature[event]
-            break
+    """Write theta[:, :-1] @ features + theta[:, -1:], a tile of components and features at a time."""
+    n_components, n_features = theta.shape[0], len(features)
+    for component in range(n_components):
+        row, constant = log_joint[component], theta[component, n_features]
+        for event in range(len(row)):
+            row[event] = constant
+    for first in range(0, n_components - 3, 4):
         for row in range(0, n_features - 3, 4):
-            x0, x1, x2, x3 = features[row], features[row + 1], features[row + 2], features[row + 3]
-            a0, a1, a2, a3 = theta[first, row], theta[first, row + 1], theta[first, row + 2], theta[first, row + 3]
-            b0, b1, b2, b3 = theta[second, row], theta[second, row + 1], theta[second, row + 2], theta[second, row + 3]
-            for event in range(n_events):
-                one[event] += a0 * x0[event] + a1 * x1[event] + a2 * x2[event] + a3 * x3[event]
-                other[event] += b0 * x0[event] + b1 * x1[event] + b2 * x2[event] + b3 * x3[event]
-        for row in range(n_features // 4 * 4, n_features):
-            feature, coefficient, other_coefficient = features[row], theta[first, row], theta[second, row]
-            for event in range(n_events):
-                one[event] += coefficient * feature[event]
-                other[event] += other_coefficient * feature[event]
+            _add_four_by_four(theta, features, log_joint, first, row)
+    for first in range(n_components // 4 * 4, n_components - 1, 2):
+        for row in range(0, n_features - 3, 4):
+            _add_two_by_four(theta, features, log_joint, first, row)
+    for component in range(n_components):
+        # Of the features, those that no tile holds.
+        in_tiles = n_features // 4 * 4 if component < n_components // 2 * 2 else 0
+        for row in range(in_tiles, n_features):
+            target, source, coefficient = log_joint[component], features[row], theta[component, row]
+            for event in range(len(target)):
+                target[event] += coefficient * source[event]
+
+
+@compiled
+def _add_four_by_four(theta: Array, features: Array, log_joint: Array, first: int, row: int) -> None:
+    one, two, three, four = log_joint[first], log_joint[first + 1], log_joint[first + 2], log_joint[first + 3]
+    x0, x1, x2, x3 = features[row], features[row + 1], features[row + 2], features[row + 3]
+    a0, a1, a2, a3 = theta[first, row], theta[first, row + 1], theta[first, row + 2], theta[first, row + 3]
+    first += 1
+    b0, b1, b2, b3 = theta[first, row], theta[first, row + 1], theta[first, row + 2], theta[first, row + 3]
+    first += 1
+    c0, c1, c2, c3 = theta[first, row], theta[first, row + 1], theta[first, row + 2], theta[first, row + 3]
+    first += 1
+    d0, d1, d2, d3 = theta[first, row], theta[first, row + 1], theta[first, row + 2], theta[first, row + 3]
+    for event in range(len(one)):
+        y0, y1, y2, y3 = x0[event], x1[event], x2[event], x3[event]
+        one[event] = one[event] + a0 * y0 + a1 * y1 + a2 * y2 + a3 * y3
+        two[event] = two[event] + b0 * y0 + b1 * y1 + b2 * y2 + b3 * y3
+        three[event] = three[event] + c0 * y0 + c1 * y1 + c2 * y2 + c3 * y3
+        four[event] = four[event] + d0 * y0 + d1 * y1 + d2 * y2 + d3 * y3
+
+
+@compiled
+def _add_two_by_four(theta: Array, features: Array, log_joint: Array, first: int, row: int) -> None:
+    one, two = log_joint[first], log_joint[first + 1]
+    x0, x1, x2, x3 = features[row], features[row + 1], features[row + 2], features[row + 3]
+    a0, a1, a2, a3 = theta[first, row], theta[first, row + 1], theta[first, row + 2], theta[first, row + 3]
+    first += 1
+    b0, b1, b2, b3 = theta[first, row], theta[first, row + 1], theta[first, row + 2], theta[first, row + 3]
+    for event in range(len(one)):
+        y0, y1, y2, y3 = x0[event], x1[event], x2[event], x3[event]
+        one[event] = one[event] + a0 * y0 + a1 * y1 + a2 * y2 + a3 * y3
+        two[event] = two[event] + b0 * y0 + b1 * y1 + b2 * y2 + b3 * y3
 
 
 @compiled
 def _accumulate(shares: Array, features: Array, sums: Array) -> None:
-    """Add shares @ features.T to the sums: two components and two features at a time."""
-    n_components, n_events = shares.shape
-    n_columns = len(features)
-    for first in range(0, n_components, 2):
-        second = min(first + 1, n_components - 1)
-        one, other = shares[first], shares[second]
-        for row in range(0, n_columns, 2):
-            next_row = min(row + 1, n_columns - 1)
-            x0, x1 = features[row], features[next_row]
-            a0, a1, b0, b1 = 0.0, 0.0, 0.0, 0.0
-            for event in range(n_events):
-                a0 += one[event] * x0[event]
-                a1 += one[event] * x1[event]
-                b0 += other[event] * x0[event]
-                b1 += other[event] * x1[event]
-            # The last of an odd number is computed twice, but added once.
-            sums[first, row] += a0
-            if next_row > row:
-                sums[first, next_row] += a1
-            if second > first:
-                sums[second, row] += b0
-                if next_row > row:
-                    sums[second, next_row] += b1
+    """Add shares @ features.T to all but the last column of the sums, a tile of both at a time."""
+    n_components, n_features = len(shares), len(features)
+    for row in range(0, n_features, 2):
+        for first in range(0, n_components - 3, 4):
+            _sum_four_by_two(shares, features, sums, first, row)
+        for first in range(n_components // 4 * 4, n_components, 2):
+            _sum_two_by_two(shares, features, sums, first, row)
+
+
+@compiled
+def _sum_four_by_two(shares: Array, features: Array, sums: Array, first: int, row: int) -> None:
+    one, two, three, four = shares[first], shares[first + 1], shares[first + 2], shares[first + 3]
+    # The last of an odd number is computed twice, but added once.
+    next_row = min(row + 1, len(features) - 1)
+    x0, x1 = features[row], features[next_row]
+    a0, a1, b0, b1, c0, c1, d0, d1 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    for event in range(len(one)):
+        y0, y1 = x0[event], x1[event]
+        a0 += one[event] * y0
+        a1 += one[event] * y1
+        b0 += two[event] * y0
+        b1 += two[event] * y1
+        c0 += three[event] * y0
+        c1 += three[event] * y1
+        d0 += four[event] * y0
+        d1 += four[event] * y1
+    sums[first, row] += a0
+    sums[first + 1, row] += b0
+    sums[first + 2, row] += c0
+    sums[first + 3, row] += d0
+    if next_row > row:
+        sums[first, next_row] += a1
+        sums[first + 1, next_row] += b1
+        sums[first + 2, next_row] += c1
+        sums[first + 3, next_row] += d1
+
+
+@compiled
+def _sum_two_by_two(shares: Array, features: Array, sums: Array, first: int, row: int) -> None:
+    second, next_row = min(first + 1, len(shares) - 1), min(row + 1, len(features) - 1)
+    one, two, x0, x1 = shares[first], shares[second], features[row], features[next_row]
+    a0, a1, b0, b1 = 0.0, 0.0, 0.0, 0.0
+    for event in range(len(one)):
+        y0, y1 = x0[event], x1[event]
+        a0 += one[event] * y0
+        a1 += one[event] * y1
+        b0 += two[event] * y0
+        b1 += two[event] * y1
+    # The last of an odd number is computed twice, but added once.
+    sums[first, row] += a0
+    if next_row > row:
+        sums[first, next_row] += a1
+    if second > first:
+        sums[second, row] += b0
+        if next_row > row:
+            sums[second, next_row] += b1
 
 
 @entry
@@ -542,17 +597,18 @@ def sum_features(
 
     """
     left, right = table[0], table[1]
-    n_components, n_columns = theta.shape
-    small = theta.size <= MOST_COEFFICIENTS
+    n_components, n_features = theta.shape[0], theta.shape[1] - 1
+    small = n_components * n_features <= MOST_COEFFICIENTS
+    coefficients = theta[:, : 0 if small else n_features].copy()
     # Whole cache lines, and an odd number of them, so that rows do not compete for the same places.
-    chunk = CACHE_LINE * (max(LEAST_CHUNK, min(CHUNK, CHUNK_FEATURES // n_columns)) // CACHE_LINE | 1)
+    chunk = CACHE_LINE * (max(LEAST_CHUNK, min(CHUNK, CHUNK_FEATURES // n_features)) // CACHE_LINE | 1)
     size = min(chunk, stop - start)
-    memory, part = _aligned((n_columns + n_components + 4) * size), np.empty((n_columns, n_components))
+    memory, part = _aligned((n_features + n_components + 4) * size), np.empty((n_features, n_components))
     log_likelihood, n_impossible = 0.0, 0
     for first in range(start, stop, chunk):
         length = min(chunk, stop - first)
-        a, b = n_columns * length, (n_columns + n_components) * length
-        features = memory[:a].reshape(n_columns, length)
+        a, b = n_features * length, (n_features + n_components) * length
+        features = memory[:a].reshape(n_features, length)
         # Where responsibilities will not be weighted, they can be computed where they are wanted.
         in_place = responsibilities.shape[1] == length and not len(weight)
         shares = responsibilities if in_place else memory[a:b].reshape(n_components, length)
@@ -561,7 +617,11 @@ def sum_features(
         if small:
             _project(theta, features, shares)
         else:
-            np.dot(theta, features, shares)
+            np.dot(coefficients, features, shares)
+            for component in range(n_components):
+                constant = theta[component, n_features]
+                for event in range(length):
+                    shares[component, event] += constant
         told = log_prob[first : first + length] if len(log_prob) else memory[b + 3 * length : b + 4 * length]
         _respond(shares, told, scratch)
         for event in range(length):
@@ -581,13 +641,18 @@ def sum_features(
         else:
             for event in range(length):
                 log_likelihood += told[event]
+        for component in range(n_components):
+            total = 0.0
+            for event in range(length):
+                total += shares[component, event]
+            sums[component, n_features] += total
         if small:
             _accumulate(shares, features, sums)
         else:
             np.dot(features, shares.T, part)
             for component in range(n_components):
-                for column in range(n_columns):
-                    sums[component, column] += part[column, component]
+                for row in range(n_features):
+                    sums[component, row] += part[row, component]
     # An impossible event may be hidden in the sum by its small weight.
     return log_likelihood if n_impossible == 0 else np.nan
 
