@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import _thread
 import math
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
@@ -39,6 +39,9 @@ USUAL_BLOCK, LARGEST_BLOCK, UNPACKED_PRODUCTS, MOST_FEATURES = 1024, 8192, 1_000
 
 # More than one, so that a slower core holds up no other: a thread that is done takes the next piece.
 PIECES_PER_THREAD = 8
+
+# More would not start, however many E-steps ask for them at a time.
+MOST_THREADS = 256
 
 # Each pass about better centers gains sixteen digits: enough to come from the largest values back to the smallest.
 MOST_PASSES = 8
@@ -521,8 +524,10 @@ class _Expectation:
 
         def work() -> None:
             try:
-                for piece, span in pieces:
-                    done[piece] = blocks(*span)
+                # That the caller ignores these warnings does not reach into another thread.
+                with _far_events():
+                    for piece, span in pieces:
+                        done[piece] = blocks(*span)
             except BaseException:
                 # The other threads find no piece left.
                 deque(pieces, maxlen=0)
@@ -531,12 +536,13 @@ class _Expectation:
         others: list[Future[None]] = []
         with _one_blas_thread:
             try:
-                others.extend(_in_a_thread(work) for _ in range(n_threads - 1))
+                others.extend(_threads().submit(work) for _ in range(n_threads - 1))
                 work()
             finally:
-                # They read and write what belongs to the caller.
-                wait(others)
-        for other in others:
+                # Those at work read and write what belongs to the caller; for those not begun no piece is left.
+                at_work = [other for other in others if not other.cancel()]
+                wait(at_work)
+        for other in at_work:
             other.result()
         # In the order of the events, whoever was faster, so that the same events give the same sums.
         log_likelihoods, sums = zip(*(done[piece] for piece in range(n_pieces)))
@@ -655,22 +661,15 @@ class _Expectation:
         return features
 
 
-def _in_a_thread(work: Callable[[], None]) -> Future[None]:
-    """Do work in a thread of its own; one that lived on would be missing, and waited for, in a process forked later."""
-    future: Future[None] = Future()
+@lru_cache(maxsize=1)
+def _threads() -> ThreadPoolExecutor:
+    """Threads that live on: to start one takes as long as thousands of events."""
+    return ThreadPoolExecutor(MOST_THREADS, "stream_em")
 
-    def run() -> None:
-        try:
-            # That the caller ignores these warnings does not reach into another thread.
-            with _far_events():
-                work()
-            future.set_result(None)
-        except BaseException as error:
-            future.set_exception(error)
 
-    # `threading.Thread` waits until the thread runs, for as long as hundreds of events take.
-    _thread.start_new_thread(run, ())
-    return future
+# A forked process has none of them.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
 def _far_events() -> np.errstate:
