@@ -157,26 +157,26 @@ def _precision(state: Array, row: int, component: int, inverse: int, precision: 
     factor = int(state[row + FACTOR]) + component * size * size
     root = int(state[row + ROOT]) + component * size
     for i in range(size):
-        row, scale = inverse + i * size, state[at(root + i)]
+        own, scale = inverse + i * size, state[at(root + i)]
         for j in range(i):
-            state[at(row + j)] = 0.0
+            state[at(own + j)] = 0.0
         # Row by row, so that the innermost loops run along the memory.
         for m in range(i):
             coefficient, other = state[at(factor + i * size + m)], inverse + m * size
             for j in range(m + 1):
-                state[at(row + j)] -= coefficient * state[at(other + j)]
+                state[at(own + j)] -= coefficient * state[at(other + j)]
         for j in range(i):
-            state[at(row + j)] *= scale
-        state[at(row + i)] = scale
+            state[at(own + j)] *= scale
+        state[at(own + i)] = scale
     for i in range(size):
         for j in range(i + 1):
             state[at(precision + i * size + j)] = 0.0
     for m in range(size):
-        row = inverse + m * size
+        own = inverse + m * size
         for i in range(m + 1):
-            coefficient, target = state[at(row + i)], precision + i * size
+            coefficient, target = state[at(own + i)], precision + i * size
             for j in range(i + 1):
-                state[at(target + j)] += coefficient * state[at(row + j)]
+                state[at(target + j)] += coefficient * state[at(own + j)]
     for i in range(size):
         for j in range(i):
             state[at(precision + j * size + i)] = state[at(precision + i * size + j)]
@@ -470,16 +470,18 @@ def _project(theta: Array, features: Array, log_joint: Array) -> None:
 
 
 @compiled
+def _four_from(array: Array, first: int) -> tuple[Any, Any, Any, Any]:
+    return array[first], array[first + 1], array[first + 2], array[first + 3]
+
+
+@compiled
 def _add_four_by_four(theta: Array, features: Array, log_joint: Array, first: int, row: int) -> None:
-    one, two, three, four = log_joint[first], log_joint[first + 1], log_joint[first + 2], log_joint[first + 3]
-    x0, x1, x2, x3 = features[row], features[row + 1], features[row + 2], features[row + 3]
-    a0, a1, a2, a3 = theta[first, row], theta[first, row + 1], theta[first, row + 2], theta[first, row + 3]
-    first += 1
-    b0, b1, b2, b3 = theta[first, row], theta[first, row + 1], theta[first, row + 2], theta[first, row + 3]
-    first += 1
-    c0, c1, c2, c3 = theta[first, row], theta[first, row + 1], theta[first, row + 2], theta[first, row + 3]
-    first += 1
-    d0, d1, d2, d3 = theta[first, row], theta[first, row + 1], theta[first, row + 2], theta[first, row + 3]
+    one, two, three, four = _four_from(log_joint, first)
+    x0, x1, x2, x3 = _four_from(features, row)
+    a0, a1, a2, a3 = _four_from(theta[first], row)
+    b0, b1, b2, b3 = _four_from(theta[first + 1], row)
+    c0, c1, c2, c3 = _four_from(theta[first + 2], row)
+    d0, d1, d2, d3 = _four_from(theta[first + 3], row)
     for event in range(len(one)):
         y0, y1, y2, y3 = x0[event], x1[event], x2[event], x3[event]
         one[event] = one[event] + a0 * y0 + a1 * y1 + a2 * y2 + a3 * y3
@@ -491,10 +493,9 @@ def _add_four_by_four(theta: Array, features: Array, log_joint: Array, first: in
 @compiled
 def _add_two_by_four(theta: Array, features: Array, log_joint: Array, first: int, row: int) -> None:
     one, two = log_joint[first], log_joint[first + 1]
-    x0, x1, x2, x3 = features[row], features[row + 1], features[row + 2], features[row + 3]
-    a0, a1, a2, a3 = theta[first, row], theta[first, row + 1], theta[first, row + 2], theta[first, row + 3]
-    first += 1
-    b0, b1, b2, b3 = theta[first, row], theta[first, row + 1], theta[first, row + 2], theta[first, row + 3]
+    x0, x1, x2, x3 = _four_from(features, row)
+    a0, a1, a2, a3 = _four_from(theta[first], row)
+    b0, b1, b2, b3 = _four_from(theta[first + 1], row)
     for event in range(len(one)):
         y0, y1, y2, y3 = x0[event], x1[event], x2[event], x3[event]
         one[event] = one[event] + a0 * y0 + a1 * y1 + a2 * y2 + a3 * y3
@@ -514,7 +515,7 @@ def _accumulate(shares: Array, features: Array, sums: Array) -> None:
 
 @compiled
 def _sum_four_by_two(shares: Array, features: Array, sums: Array, first: int, row: int) -> None:
-    one, two, three, four = shares[first], shares[first + 1], shares[first + 2], shares[first + 3]
+    one, two, three, four = _four_from(shares, first)
     # The last of an odd number is computed twice, but added once.
     next_row = min(row + 1, len(features) - 1)
     x0, x1 = features[row], features[next_row]
