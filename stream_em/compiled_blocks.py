@@ -78,10 +78,10 @@ CHUNK, LEAST_CHUNK, CHUNK_FEATURES = 500, 128, 300_000
 # Doubles in a line of the cache.
 CACHE_LINE = 8
 
-# Up to so many coefficients, matrices are too small for OpenBLAS, which packs what it multiplies, to be faster: more of
-# them where vectors are those of AVX2 than where it has the wider ones of AVX-512.
+# Up to so many coefficients, matrices are too small for OpenBLAS, which packs what it multiplies, to be faster. Small
+# ones it does not pack where vectors are those of AVX-512, and is never slower there.
 _features = get_host_cpu_features()
-MOST_COEFFICIENTS = 2_600 if _features.get("avx2") and not _features.get("avx512f") else 600
+MOST_COEFFICIENTS = 0 if _features.get("avx512f") else 2_600 if _features.get("avx2") else 600
 
 LOG2_E = 1.4426950408889634
 LN2_HIGH, LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10

@@ -10,6 +10,7 @@ import pytest
 from cases import CASES, COMPILED_CASES, assert_statistics_close, draw_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import njit
 
 from stream_em import (
     AdaptiveComponents,
@@ -25,6 +26,7 @@ from stream_em import (
     Schema,
 )
 from stream_em.block_kernel import BlockKernel
+from stream_em.compiled_blocks import _accumulate, _project
 from stream_em.learners import online
 from stream_em.models import mixture
 from stream_em.numerics import NumericalError
@@ -88,6 +90,25 @@ def test_mini_batches_agree_with_numpy(
     arrays = family.arrays(compiled.parameters.components)
     for key, array in family.arrays(reference.parameters.components).items():
         np.testing.assert_allclose(arrays[key], array, rtol=1e-9, atol=1e-9 * np.abs(array).max(), err_msg=key)
+
+
+@njit  # type: ignore[misc]
+def multiply_in_tiles(theta: Any, features: Any, shares: Any, log_joint: Any, sums: Any) -> None:
+    _project(theta, features, log_joint)
+    _accumulate(shares, features, sums)
+
+
+def test_products_in_tiles_are_those_of_numpy() -> None:
+    # Whether the processor is one on which a step takes them, or not.
+    generator = np.random.default_rng(0)
+    for n_components in range(1, 10):
+        for n_features in range(1, 10):
+            theta = generator.normal(size=(n_components, n_features + 1))
+            features, shares = generator.normal(size=(n_features, 11)), generator.normal(size=(n_components, 11))
+            log_joint, sums = np.empty((n_components, 11)), np.ones((n_components, n_features + 1))
+            multiply_in_tiles(theta, features, shares, log_joint, sums)
+            np.testing.assert_allclose(log_joint, theta[:, :-1] @ features + theta[:, -1:], rtol=1e-12, atol=1e-12)
+            np.testing.assert_allclose(sums[:, :-1], shares @ features.T + 1.0, rtol=1e-12, atol=1e-12)
 
 
 def test_many_correlated_fields_agree_with_numpy() -> None:

@@ -518,8 +518,11 @@ class _Expectation:
             blocks = partial(self._blocks, size=size, given=given, into=into, centers=centers, own=own)
         if n_threads <= 1:
             return blocks(0, n_events)
+        # Ever smaller pieces, so that no thread waits long for another's last one.
         n_pieces = min(PIECES_PER_THREAD * n_threads, len(starts))
-        bounds = [starts[len(starts) * piece // n_pieces] for piece in range(n_pieces)] + [n_events]
+        ahead = {int(len(starts) * (1.0 - piece / n_pieces) ** 2) for piece in range(n_pieces)} - {0}
+        bounds = [starts[-blocks_ahead] for blocks_ahead in sorted(ahead, reverse=True)] + [n_events]
+        n_pieces = len(ahead)
         pieces, done = iter(enumerate(pairwise(bounds))), {}
 
         def work() -> None:
