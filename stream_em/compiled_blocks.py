@@ -66,13 +66,15 @@ from stream_em.numerics import (
     LARGEST_VALUE,
     LOG_RESPONSIBILITY_FLOOR,
     SMALLEST_WEIGHT,
+    UNPACKED_PRODUCTS,
     Array,
 )
 
 MATRIX = types.Array(types.float64, 2, "C")
 
-# Events taken through features, softmax and sums at once: no more than these, and fewer where they have many features,
-# so that they stay in the core's caches, but not so few that the coefficients are read for next to nothing.
+# Events taken through features, softmax and sums at once: no more than these, fewer where they have many features, so
+# that they stay in the core's caches, or else more than `UNPACKED_PRODUCTS`, but not so few that the coefficients are
+# read for next to nothing.
 CHUNK, LEAST_CHUNK, CHUNK_FEATURES = 500, 128, 300_000
 
 # Doubles in a line of the cache.
@@ -601,8 +603,12 @@ def sum_features(
     n_components, n_features = theta.shape[0], theta.shape[1] - 1
     small = n_components * n_features <= MOST_COEFFICIENTS
     coefficients = theta[:, : 0 if small else n_features].copy()
+    chunk = max(LEAST_CHUNK, min(CHUNK, CHUNK_FEATURES // n_features))
+    unpacked = UNPACKED_PRODUCTS // (n_components * n_features)
+    if unpacked >= LEAST_CHUNK:
+        chunk = min(chunk, unpacked)
     # Whole cache lines, and an odd number of them, so that rows do not compete for the same places.
-    chunk = CACHE_LINE * (max(LEAST_CHUNK, min(CHUNK, CHUNK_FEATURES // n_features)) // CACHE_LINE | 1)
+    chunk = CACHE_LINE * (chunk // CACHE_LINE - 1 | 1)
     size = min(chunk, stop - start)
     memory, part = _aligned((n_features + n_components + 4) * size), np.empty((n_features, n_components))
     log_likelihood, n_impossible = 0.0, 0

@@ -36,6 +36,9 @@ SMALLEST_RELATIVE_PIVOT = 1e-13
 # notice of the zeros; below it the gain is not worth the import.
 SMALLEST_FOR_LAPACK = 16
 
+# Matrices with no more products than this are not packed first by OpenBLAS, where it has the vectors of AVX-512.
+UNPACKED_PRODUCTS = 1_000_000
+
 # Whole numbers stay below this, so that any two may be added or divided as doubles or 64-bit integers.
 LARGEST_WHOLE = 2**62
 

@@ -8,7 +8,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from itertools import pairwise
@@ -20,6 +19,7 @@ import numpy.typing as npt
 from stream_em.families.base import Block, Family, FamilyError, Mask, Parts, feature_table
 from stream_em.numerics import (
     LARGEST_LOG_DENSITY,
+    UNPACKED_PRODUCTS,
     Array,
     check_whole,
     compiled_or_none,
@@ -29,13 +29,13 @@ from stream_em.schema import Batch, EventError, Schema
 from stream_em.statistics import Statistics, Sums
 
 if TYPE_CHECKING:
-    from threadpoolctl import ThreadpoolController
+    from threadpoolctl import LibController
 
 NOTHING = np.empty(0, dtype=np.intp)
 
 # Blocks of events are large enough that calls cost little, yet small enough to stay near the core, and where that can
-# be, of so few products that OpenBLAS multiplies them without packing them first.
-USUAL_BLOCK, LARGEST_BLOCK, UNPACKED_PRODUCTS, MOST_FEATURES = 1024, 8192, 1_000_000, 2_400_000
+# be, of no more than `UNPACKED_PRODUCTS`.
+USUAL_BLOCK, LARGEST_BLOCK, MOST_FEATURES = 1024, 8192, 2_400_000
 
 # More than one, so that a slower core holds up no other: a thread that is done takes the next piece.
 PIECES_PER_THREAD = 8
@@ -691,10 +691,11 @@ def _sum_features() -> Callable[..., float] | None:
 
 
 @lru_cache(maxsize=1)
-def _blas() -> ThreadpoolController:
+def _blas_libraries() -> list[LibController]:
     from threadpoolctl import ThreadpoolController
 
-    return ThreadpoolController()
+    libraries: list[LibController] = ThreadpoolController().select(user_api="blas").lib_controllers
+    return libraries
 
 
 class _OneBlasThread:
@@ -706,19 +707,24 @@ class _OneBlasThread:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._n_users = 0
-        self._limit: AbstractContextManager[Any] | None = None
+        self._before: list[tuple[LibController, int]] = []
 
     def __enter__(self) -> None:
         with self._lock:
             if not self._n_users:
-                self._limit = _blas().limit(limits=1, user_api="blas")
+                # A controller's own limit() describes every library anew, which takes as long as thousands of events.
+                counts = ((library, library.num_threads) for library in _blas_libraries())
+                self._before = [(library, n_threads) for library, n_threads in counts if n_threads > 1]
+                for library, _ in self._before:
+                    library.set_num_threads(1)
             self._n_users += 1
 
     def __exit__(self, *error: object) -> None:
         with self._lock:
             self._n_users -= 1
-            if not self._n_users and self._limit is not None:
-                self._limit.__exit__(None, None, None)
+            if not self._n_users:
+                for library, n_threads in self._before:
+                    library.set_num_threads(n_threads)
 
 
 _one_blas_thread = _OneBlasThread()
