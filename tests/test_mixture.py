@@ -636,3 +636,26 @@ print({one["num_threads"] for one in threadpoolctl.threadpool_info() if one["use
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "{2}\n"
+
+
+def test_blas_of_compiled_code_has_one_thread_though_it_is_loaded_after_a_step_in_numpy() -> None:
+    program = """
+import numpy as np, threadpoolctl
+from stream_em import Gaussian, Mixture, Schema
+from stream_em.models import mixture
+schema = Schema(dict.fromkeys(("a", "b", "c", "d"), "numeric"))
+batch = schema.encode(np.random.default_rng(0).normal(size=(50_000, 4)))
+soft, hard = Mixture(Gaussian(), 8), Mixture(Gaussian(), 8, assignment="hard")
+parameters = soft.bind(schema).pooled(batch)
+hard.e_step(parameters, batch, n_threads=2)
+threadpoolctl.threadpool_limits(2, user_api="blas")
+compiled, seen = mixture._sum_features(), set()
+def watched(*inputs):
+    seen.update(one["num_threads"] for one in threadpoolctl.threadpool_info() if one["user_api"] == "blas")
+    return compiled(*inputs)
+mixture._sum_features = lambda: watched
+soft.e_step(parameters, batch, n_threads=2)
+print(seen)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "{1}\n"

@@ -692,6 +692,8 @@ def _sum_features() -> Callable[..., float] | None:
 
 @lru_cache(maxsize=1)
 def _blas_libraries() -> list[LibController]:
+    # Compiled code multiplies by SciPy's library, which must be there to be found.
+    import scipy.linalg.cython_blas  # noqa: F401
     from threadpoolctl import ThreadpoolController
 
     libraries: list[LibController] = ThreadpoolController().select(user_api="blas").lib_controllers
