@@ -5,8 +5,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-# pytest runs two processes: one thread each for linear algebra, or they fight over the cores.
+# Tests run in so many processes: one thread each for linear algebra, or they fight over the cores.
+WORKERS ?= 2
 ONE_THREAD := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 VECLIB_MAXIMUM_THREADS=1
+# What is started once for a group of tests is started by one process.
+PYTEST = $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 # The lock was resolved on Linux with CPython 3.11. A newer Python may need newer releases than it names
 # (the first wheels for that Python), so everywhere else pip resolves pyproject.toml freely.
@@ -36,7 +39,7 @@ demo: $(READY)  ## cluster the NASA shuttle sensor stream and score its anomalie
 	$(BIN)/stream-em run configs/shuttle.yaml
 
 test: $(READY)  ## run every test and doctest
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2
+	$(PYTEST)
 
 lint: $(READY)  ## check style and types
 	$(BIN)/ruff check .
@@ -67,10 +70,10 @@ river: $(RIVER_VERSIONS:%=$(VENV)-river-%/.ready)  ## run River's checks and our
 
 test-flink: $(READY)  ## run the tests of pipelines on Apache Flink
 	@$(MAKE) --no-print-directory flink-jars || echo "Flink cannot be fetched: its tests will be skipped" >&2
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -rs -m flink tests/beam_door
+	$(PYTEST) -rs -m flink tests/beam_door
 
 test-prism: $(READY) prism  ## run the tests of pipelines on Prism
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -rs -m prism tests/beam_door
+	$(PYTEST) -rs -m prism tests/beam_door
 
 flink-jars: .jars/flink/.ready  ## fetch Apache Flink and Beam's job server for it, by Maven
 	@cat $<
@@ -93,7 +96,7 @@ $(PRISM):
 .PHONY: kafka-jars test-kafka
 
 test-kafka: $(READY) kafka-jars  ## run the tests of Kafka against a real Kafka broker
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -rs -m kafka tests/test_kafka.py tests/cli/test_kafka_run.py tests/beam_door/test_beam_kafka.py
+	$(PYTEST) -rs -m kafka tests/test_kafka.py tests/cli/test_kafka_run.py tests/beam_door/test_beam_kafka.py
 
 kafka-jars: .jars/kafka/.ready
 
@@ -119,7 +122,8 @@ $(READY): pyproject.toml requirements-lock.txt
 	@echo "Setting up $(VENV) (a minute or two, only once)"
 	@$(PYTHON) -m venv $(VENV)
 	@constraint=''; if $(BIN)/python -c '$(LOCKED_PLATFORM)'; then constraint='-c requirements-lock.txt'; fi; \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check $$constraint -e '.[dev]'
-	@# As pip does for all but this: tests start hundreds of processes, some where Python is told to keep no bytecode.
-	@$(BIN)/python -m compileall -q stream_em
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $$constraint -e '.[dev]'
+	@# Tests start hundreds of processes, some where Python is told to keep no bytecode. On all cores, as pip does not; the
+	@# tests of packages, and files of other versions of Python that some bring, are left as they are.
+	@$(BIN)/python -m compileall -qq -j 0 -x '/tests/' $(VENV)/lib stream_em || true
 	@touch $@

@@ -21,10 +21,13 @@ settings.load_profile("default")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what runs on a real Kafka broker, so that -m finds it."""
+    """Mark what runs on a real Kafka broker, so that -m finds it, and have one process start an engine for a module."""
     for item in items:
         if "broker" in getattr(item, "fixturenames", ()):
             item.add_marker("kafka")
+        for engine in ("flink", "kafka", "prism"):
+            if item.get_closest_marker(engine) is not None:
+                item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} on {engine}"))
 
 
 @pytest.fixture(scope="module")

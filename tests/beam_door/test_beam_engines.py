@@ -59,7 +59,7 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
             context.__exit__(None, None, None)
 
 
-@pytest.mark.parametrize("shards", SHARDS)
+@pytest.mark.parametrize("shards", [1, 64])
 def test_statistics_equal_those_of_the_e_step_in_this_process(engine: Engine, shards: int, tmp_path: Path) -> None:
     events = mixed_events()
     batch, start = a_start(events)
