@@ -46,6 +46,11 @@ lint: $(READY)  ## check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+.PHONY: compiled
+
+compiled: $(READY)  ## compile the steps that learn events, which else those who use them first do
+	$(BIN)/python -c 'from stream_em.compiled_blocks import compile_all; compile_all()'
+
 bench: $(READY)  ## measure speed and memory beside peers
 	$(BIN)/python -m benchmarks
 

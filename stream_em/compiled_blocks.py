@@ -56,6 +56,7 @@ from stream_em.compiled import (
     at,
     compiled,
     compiled_in_order,
+    compiled_step,
     entry,
     entry_point,
 )
@@ -759,3 +760,12 @@ def compiled_sum_features() -> Callable[..., float]:
     """Return `sum_features`, compiled or loaded from disk."""
     events, answers = (VECTOR, MATRIX, VECTOR), (VECTOR, MATRIX, INDICES)
     return entry_point(sum_features, (MATRIX, TABLE, *events, types.int64, types.int64, *answers, MATRIX))
+
+
+def compile_all() -> None:
+    """Compile every step and keep it on disk, for the processes that will load it; where it is there, load it."""
+    compiled_sum_features()
+    for general in (False, True):
+        compiled_step_block(general)
+        for gaps in (False, True):
+            compiled_step(gaps, general)
