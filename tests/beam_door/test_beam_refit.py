@@ -44,7 +44,7 @@ def shards(batch: Batch, n_shards: int) -> list[Batch]:
     return [batch.select(slice(*pair)) for pair in pairwise(bounds)]
 
 
-# With worker threads, Beam's FnApiRunner rarely cannot read what it has itself put on its wire, or reach the server that
+# With worker threads, Beam's FnApiRunner rarely cannot read what it has put on its own wire, or reach the server that
 # it keeps for them; its own tests with several workers are known to be unreliable
 # (https://github.com/apache/beam/issues/21104).
 several_workers = pytest.mark.flaky(
