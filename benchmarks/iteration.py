@@ -21,6 +21,8 @@ UPDATE_TARGET = 1.5
 SMALL_BATCH = 25
 TWO_THREADS_TARGET = 1.6
 TWO_THREADS_FROM = 8
+# Longer than the moments in which a machine that is shared has one core to give.
+TWO_THREADS_SECONDS = 8.0
 
 
 def data(n_fields: int, n_components: int, n_events: int) -> tuple[np.ndarray, np.ndarray]:
@@ -106,7 +108,11 @@ def run() -> list[Table]:
                     repeats=25 if n_fields < 16 else 9,
                 )
                 numpy_too, one, two = in_turn(
-                    case.ours, partial(case.ours, compiled=True), partial(case.ours, n_threads=2), repeats=31
+                    case.ours,
+                    partial(case.ours, compiled=True),
+                    partial(case.ours, n_threads=2),
+                    repeats=31,
+                    at_least=TWO_THREADS_SECONDS,
                 )
             assert abs(case.log_likelihood - case.peer_log_likelihood) <= 1e-9 * abs(case.peer_log_likelihood)
             ratio = theirs / ours

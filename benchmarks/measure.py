@@ -30,12 +30,16 @@ class Table:
         return "\n".join(lines) + "\n"
 
 
-def in_turn(*works: Callable[[], object], repeats: int = 7) -> list[float]:
-    """Median seconds of each work; the works take turns, so that a slow moment of the machine hits all alike."""
+def in_turn(*works: Callable[[], object], repeats: int = 7, at_least: float = 0.0) -> list[float]:
+    """Median seconds of each work; the works take turns, so that a slow moment of the machine hits all alike.
+
+    `at_least` is for how many seconds to go on, beyond `repeats`.
+    """
     seconds: list[list[float]] = [[] for _ in works]
     for work in works:
         work()
-    for _ in range(repeats):
+    end = time.perf_counter() + at_least
+    while len(seconds[0]) < repeats or time.perf_counter() < end:
         for taken, work in zip(seconds, works):
             start = time.perf_counter()
             work()
