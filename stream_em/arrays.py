@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,15 +27,35 @@ def to_rows(arrays: Mapping[str, npt.NDArray[Any]], metadata: Mapping[bytes, byt
     1
 
     """
-    columns: list[list[Any]] = [[], [], [], []]
+    names, types, shapes, data = list[bytes](), list[bytes](), list[tuple[int, ...]](), list[bytes]()
     for name, array in arrays.items():
         kind = "int64" if array.dtype.kind == "i" else "float64"
         plain = np.ascontiguousarray(array, dtype=TYPES[kind])
-        for column, value in zip(columns, (name, kind, list(plain.shape), plain.tobytes())):
-            column.append(value)
-    return pa.record_batch(
-        [pa.array(column, one.type) for column, one in zip(columns, ROWS)], schema=ROWS.with_metadata(dict(metadata))
-    )
+        names.append(name.encode())
+        types.append(kind.encode())
+        shapes.append(plain.shape)
+        data.append(plain.tobytes())
+    columns = [
+        _texts(names, pa.string()),
+        _texts(types, pa.string()),
+        _lists(shapes),
+        _texts(data, pa.large_binary()),
+    ]
+    return pa.record_batch(columns, schema=ROWS.with_metadata(dict(metadata)))
+
+
+# From buffers: to make an array of Python's objects Arrow imports pandas, where that is installed, which takes longer
+# than to save a model.
+def _texts(texts: Sequence[bytes], kind: pa.DataType) -> pa.Array:
+    offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64 if pa.types.is_large_binary(kind) else np.int32)
+    return pa.Array.from_buffers(kind, len(texts), [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(texts))])
+
+
+def _lists(lists: Sequence[tuple[int, ...]]) -> pa.Array:
+    offsets = np.cumsum([0, *map(len, lists)], dtype=np.int32)
+    numbers = np.array([number for numbers in lists for number in numbers], np.int64)
+    values = pa.Array.from_buffers(pa.int64(), len(numbers), [None, pa.py_buffer(numbers)])
+    return pa.ListArray.from_buffers(pa.list_(pa.int64()), len(lists), [None, pa.py_buffer(offsets)], children=[values])
 
 
 def from_rows(rows: pa.RecordBatch) -> Arrays:

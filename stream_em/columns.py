@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from stream_em.numerics import Array
-from stream_em.schema import SchemaError
+from stream_em.schema import SchemaError, numbers_of
 
 
 @dataclass(frozen=True)
@@ -124,10 +124,10 @@ def _column(table: pa.Table, name: str) -> pa.ChunkedArray:
 
 def _as_floats(column: pa.ChunkedArray, name: str) -> Array:
     try:
-        values: Array = column.cast(pa.float64(), safe=False).to_numpy()
+        numbers = column.cast(pa.float64(), safe=False)
     except pa.ArrowException as error:
         raise SchemaError(f"column {name!r} is {column.type}, but numbers are needed") from error
-    return values
+    return np.concatenate([np.empty(0), *map(numbers_of, numbers.chunks)])
 
 
 def _second(value: object) -> float:

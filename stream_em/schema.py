@@ -851,9 +851,25 @@ def _encode_column(
     start = 0
     for chunk in column.chunks:
         stop = start + len(chunk)
-        out[start:stop] = np.nan if pa.types.is_null(type_) else chunk.to_numpy(zero_copy_only=False)
+        out[start:stop] = np.nan if pa.types.is_null(type_) else numbers_of(chunk)
         start = stop
     return one
+
+
+def numbers_of(array: pa.Array) -> npt.NDArray[Any]:
+    """Return the values of a numeric Arrow array, NaN where there is none.
+
+    Arrow's own `to_numpy` imports pandas, where that is installed, which takes longer than to read a file, and so does
+    what makes a scalar or an array of Python's objects.
+    """
+    if array.null_count:
+        array = pc.fill_null(array.cast(pa.float64(), safe=False), _scalar(math.nan))
+    return np.from_dlpack(array)
+
+
+def _scalar(number: float) -> pa.Scalar:
+    one = np.array([number])
+    return pa.Array.from_buffers(pa.from_numpy_dtype(one.dtype), 1, [None, pa.py_buffer(one)])[0]
 
 
 def _encode_strings(one: Field, column: pa.ChunkedArray, out: Array, extend: bool) -> Field:
@@ -864,8 +880,7 @@ def _encode_strings(one: Field, column: pa.ChunkedArray, out: Array, extend: boo
     start = 0
     for chunk in column.chunks:
         labels = chunk.dictionary.to_pylist()
-        used = chunk.indices.to_numpy(zero_copy_only=False)
-        indices = np.where(np.isnan(used), len(labels), used).astype(np.intp) if used.dtype.kind == "f" else used
+        indices = np.from_dlpack(pc.fill_null(chunk.indices.cast(pa.int64()), _scalar(len(labels))))
         if extend and len(one.categories) < one.max_categories and any(one.code(label) == OTHER for label in labels):
             # A dictionary may hold labels that no event uses, and its order says nothing: go by first appearance.
             seen, first = np.unique(indices, return_index=True)

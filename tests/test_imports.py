@@ -2,7 +2,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 OPTIONAL = (
@@ -43,6 +47,29 @@ def test_optional_packages_stay_unloaded(program: str) -> None:
     program += f"\nimport sys\nprint([name for name in {OPTIONAL!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_job_over_parquet_does_not_load_pandas(tmp_path: Path) -> None:
+    # Arrow imports it for much that it is asked, a quarter of a second of every command.
+    events = np.random.default_rng(0).normal(size=(400, 2))
+    weights, labels = pa.array([1, None] * 200), pa.array(["a", "b", None, "c"] * 100).dictionary_encode()
+    columns = {"x": events[:, 0], "y": pa.array(events[:, 1], mask=events[:, 1] > 1.0), "n": weights, "c": labels}
+    pq.write_table(pa.table(columns), tmp_path / "events.parquet")
+    (tmp_path / "job.yaml").write_text(
+        "source: {path: events.parquet}\nlearner: {warm_up: 50}\noutput: {folder: out}\n"
+    )
+    program = """
+import sys
+from stream_em.cli.main import main
+try:
+    main()
+finally:
+    print("pandas" in sys.modules, file=sys.stderr)
+"""
+    command = [sys.executable, "-c", program, "run", "job.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "False"
+    assert pq.read_metadata(tmp_path / "out" / "scored.parquet").num_rows == 400
 
 
 def test_public_names_are_there() -> None:

@@ -419,6 +419,13 @@ class Quarantine(_OfOneJob):
         self._file.discard(keep=keep)
 
 
+def _with_nulls(values: npt.NDArray[Any], unknown: npt.NDArray[np.bool_]) -> pa.Array:
+    """Return an Arrow array of numbers with null where unknown; `pa.array` would import pandas, if it is installed."""
+    known = pa.py_buffer(np.packbits(~unknown, bitorder="little")) if unknown.any() else None
+    numbers = pa.py_buffer(np.ascontiguousarray(values))
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [known, numbers])
+
+
 def _count(counter: Counter[str], key: str) -> None:
     key = key[:_LONGEST_COUNTED]
     counter[key if key in counter or len(counter) < _MOST_COUNTED else _OTHERS] += 1
@@ -512,7 +519,7 @@ class ScoredEvents(_OfOneJob):
                     f"{chunk.path_of(0)}: has a column {name!r} already; set output.prefix to write the "
                     "scores under other names"
                 )
-            rows = rows.append_column(name, pa.array(values, mask=scored.unknown))
+            rows = rows.append_column(name, _with_nulls(values, scored.unknown))
         self._waiting.append(rows)
         self._n_waiting += rows.num_rows
         self._in_file += rows.num_rows
