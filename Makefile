@@ -8,8 +8,10 @@ READY := $(VENV)/.ready
 # Tests run in so many processes: one thread each for linear algebra, or they fight over the cores.
 WORKERS ?= 2
 ONE_THREAD := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 VECLIB_MAXIMUM_THREADS=1
+# Engines and brokers of tests end before what Java compiles with care pays off; those of benchmarks do not.
+SHORT_LIVED_JAVA := JDK_JAVA_OPTIONS='-XX:TieredStopAtLevel=1 -XX:+UseSerialGC'
 # What is started once for a group of tests is started by one process.
-PYTEST = $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+PYTEST = $(ONE_THREAD) $(SHORT_LIVED_JAVA) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 # The lock was resolved on Linux with CPython 3.11. A newer Python may need newer releases than it names
 # (the first wheels for that Python), so everywhere else pip resolves pyproject.toml freely.

@@ -15,9 +15,7 @@ from confluent_kafka import KafkaException, Producer
 from confluent_kafka.admin import AdminClient, NewTopic
 
 JARS = Path(__file__).parents[1] / ".jars" / "kafka"
-# A broker of tests ends before what is compiled with care pays off.
-SHORT_LIVED = ["-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC"]
-JAVA = ["java", "-Xmx512m", *SHORT_LIVED, "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-cp", f"{JARS}/*"]
+JAVA = ["java", "-Xmx512m", "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-cp", f"{JARS}/*"]
 # The shell kills the broker when this process ends, however it ends: then its standard input is closed.
 WATCHED = ["sh", "-c", '"$@" </dev/null & read _; kill -9 $!; wait', "sh"]
 N_PARTITIONS = 2

@@ -34,9 +34,6 @@ OPENED = ("lang", "lang.reflect", "util", "util.concurrent", "nio", "net", "io",
 JAVA = [
     "java",
     "-Xmx1g",
-    # Engines of tests end before what is compiled with care pays off.
-    "-XX:TieredStopAtLevel=1",
-    "-XX:+UseSerialGC",
     *(f"--add-opens=java.base/java.{package}=ALL-UNNAMED" for package in OPENED),
     "--add-opens=java.base/sun.nio.ch=ALL-UNNAMED",
     "-Dorg.slf4j.simpleLogger.showDateTime=true",

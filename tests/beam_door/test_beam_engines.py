@@ -35,8 +35,6 @@ from stream_em.beam.refit import Refit
 from stream_em.beam.serving import MixtureModelHandler, SplitRejected
 from stream_em.seeding import seed
 
-SHARDS = (1, 2, 8, 64)
-
 # Beam's threads that listen to Flink say so when it ends a job before they do.
 QUIET = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 MARKS = {"processes": (pytest.mark.slow,), "flink": (pytest.mark.flink, QUIET), "prism": (pytest.mark.prism,)}
@@ -105,7 +103,7 @@ def test_several_starts_are_merged_apart(engine: Engine, fanout: int | None, tmp
         assert_same(merged[position], MODEL.bind(SCHEMA).e_step(parameters_of_start, batch))
 
 
-@pytest.mark.parametrize("shards", SHARDS)
+@pytest.mark.parametrize("shards", [1, 2, 8, 64])
 def test_refit_equals_batch_em_in_this_process(engine: Engine, shards: int) -> None:
     events = mixed_events()
     options: dict[str, Any] = {
