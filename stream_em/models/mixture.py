@@ -519,10 +519,9 @@ class _Expectation:
         if n_threads <= 1:
             return blocks(0, n_events)
         # Ever smaller pieces, so that no thread waits long for another's last one.
-        n_pieces = min(PIECES_PER_THREAD * n_threads, len(starts))
-        ahead = {int(len(starts) * (1.0 - piece / n_pieces) ** 2) for piece in range(n_pieces)} - {0}
+        most = min(PIECES_PER_THREAD * n_threads, len(starts))
+        ahead = {int(len(starts) * (1.0 - piece / most) ** 2) for piece in range(most)} - {0}
         bounds = [starts[-blocks_ahead] for blocks_ahead in sorted(ahead, reverse=True)] + [n_events]
-        n_pieces = len(ahead)
         pieces, done = iter(enumerate(pairwise(bounds))), {}
 
         def work() -> None:
@@ -548,7 +547,7 @@ class _Expectation:
         for other in at_work:
             other.result()
         # In the order of the events, whoever was faster, so that the same events give the same sums.
-        log_likelihoods, sums = zip(*(done[piece] for piece in range(n_pieces)))
+        log_likelihoods, sums = zip(*(done[piece] for piece in range(len(ahead))))
         return sum(log_likelihoods), np.add.reduce(sums)
 
     def _compiled_blocks(

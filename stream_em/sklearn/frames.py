@@ -413,6 +413,7 @@ def _table_of(events: Sequence[Mapping[str, Any]], names: Sequence[str]) -> pa.T
             raise TypeError(f"the columns of samples that are mappings are named by strings, got {name!r}")
         try:
             columns[name] = pa.array([event.get(name) for event in events], from_pandas=True)
+        # What Arrow says of values that are not of one type that it knows; a lack of memory is no such thing.
         except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
             raise ValueError(f"column {name!r} holds values of different or unknown types: {error}") from None
     return pa.table(columns)
