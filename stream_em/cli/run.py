@@ -105,16 +105,17 @@ def run(
     if output.picture is not None:
         # To learn at the end of a long run that no picture can be drawn would be too late.
         load_plots()
-    with ExitStack() as stack:
-        stop = stack.enter_context(StopRequest())
-        if output.snapshot is not None:
-            stack.enter_context(only_writer(Path(output.folder, output.snapshot)))
-        job = stack.enter_context(_Run(config, source, console, fresh=fresh, observer=observer))
-        progress = stack.enter_context(Progress(console, n_before=job.n_events))
-        job.learn(stop, progress)
-        seconds = progress.seconds
-        job.finish()
-    job.report(seconds)
+    # Held until the report is out: what a signal finds nothing to finish of is not cut off in the middle of a line.
+    with StopRequest() as stop:
+        with ExitStack() as stack:
+            if output.snapshot is not None:
+                stack.enter_context(only_writer(Path(output.folder, output.snapshot)))
+            job = stack.enter_context(_Run(config, source, console, fresh=fresh, observer=observer))
+            progress = stack.enter_context(Progress(console, n_before=job.n_events))
+            job.learn(stop, progress)
+            seconds = progress.seconds
+            job.finish()
+        job.report(seconds)
     return job.stopped_by
 
 

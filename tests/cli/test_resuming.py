@@ -1,6 +1,7 @@
 """Runs that are killed or stopped and started again, in real processes: nothing tells them from runs left alone."""
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -14,9 +15,12 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
 from benchmarks.kills import Command, differences, kill_at_random
 from stream_em import load
+from stream_em.cli.config import load_config
+from stream_em.cli.run import run
 from stream_em.learners.online import COMPILE_AFTER
 
 N_EVENTS = 2_400
@@ -242,6 +246,23 @@ class TestStopped:
             "error: stopped by SIGTERM before any event was learned; nothing was written\n",
         )
         assert list((tmp_path / "output").iterdir()) == []
+
+    def test_one_that_comes_when_all_is_written_does_not_cut_off_the_report(self, tmp_path, monkeypatch):
+        class SignalledConsole(Console):
+            signalled = False
+
+            def print(self, *told, **how):
+                super().print(*told, **how)
+                if "effective components" in str(told) and not self.signalled:
+                    self.signalled = True
+                    signal.raise_signal(signal.SIGINT)
+
+        write_job(tmp_path)
+        monkeypatch.chdir(tmp_path)
+        console = SignalledConsole(file=io.StringIO(), width=200)
+        assert run(load_config(tmp_path / "job.yaml", []), console) is None
+        assert console.signalled
+        assert "wrote output/model.arrow" in console.file.getvalue()
 
     def test_a_batch_that_waits_for_events_is_learned_and_the_next_ones_fall_into_step(self, stream_em, tmp_path):
         write_job(tmp_path, source={"path": "-"})
