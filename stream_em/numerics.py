@@ -141,17 +141,16 @@ def inverse_from_factor(factor: Array) -> Array:
     dimension = factor.shape[-1]
     if dimension < SMALLEST_FOR_LAPACK:
         root = np.linalg.inv(factor)
-        return cast(Array, np.matmul(root.swapaxes(-1, -2), root))
-    from scipy.linalg.lapack import dpotri
+    else:
+        from scipy.linalg.lapack import dtrtri
 
-    inverse = np.empty_like(factor)
-    for one, into in zip(factor.reshape(-1, dimension, dimension), inverse.reshape(-1, dimension, dimension)):
-        # LAPACK's columns are NumPy's rows: what is lower here is upper there. It leaves the zeros where they are.
-        half = dpotri(one.T, lower=0)[0]
-        np.add(half, half.T, out=into)
-    diagonal = inverse.reshape(*inverse.shape[:-2], -1)[..., :: dimension + 1]
-    diagonal *= 0.5
-    return inverse
+        root = np.empty_like(factor)
+        for one, into in zip(factor.reshape(-1, dimension, dimension), root.reshape(-1, dimension, dimension)):
+            # LAPACK's columns are NumPy's rows: what is lower here is upper there.
+            into[:] = dtrtri(one.T)[0].T
+    # Not by LAPACK's dpotri, which wakes threads whatever the size, and takes ten times as long where they compete
+    # with those of NumPy's own BLAS.
+    return cast(Array, np.matmul(root.swapaxes(-1, -2), root))
 
 
 def _cholesky_with_jitter(covariance: Array) -> tuple[Array, Array]:

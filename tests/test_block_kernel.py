@@ -11,6 +11,7 @@ from cases import CASES, COMPILED_CASES, assert_statistics_close, draw_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from stream_em import (
     AdaptiveComponents,
@@ -24,9 +25,10 @@ from stream_em import (
     Product,
     RobbinsMonro,
     Schema,
+    compiled_blocks,
 )
 from stream_em.block_kernel import BlockKernel
-from stream_em.compiled_blocks import _accumulate, _project
+from stream_em.compiled_blocks import _accumulate, _project, compiled_step_block
 from stream_em.learners import online
 from stream_em.models import mixture
 from stream_em.numerics import NumericalError
@@ -404,3 +406,24 @@ def test_a_structure_that_is_taken_away_leaves_its_components_to_numpy(monkeypat
     learner.structure = None
     assert learner.predict_then_update(events[:200]).responsibilities.shape == (200, n_components)
     assert learner.kernel() is None
+
+
+def test_blas_has_one_thread_while_it_multiplies_what_it_would_share_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Threads take longer over a mini-batch than one of them, and more of the processor.
+    seen = []
+
+    def watched(**kind: bool) -> Any:
+        step = compiled_step_block(**kind)
+
+        def watched_step(*inputs: Any) -> float:
+            seen.append({one["num_threads"] for one in threadpool_info() if one["user_api"] == "blas"})
+            return float(step(*inputs))
+
+        return watched_step
+
+    monkeypatch.setattr(compiled_blocks, "compiled_step_block", watched)
+    blocks = blocks_of(ready("full", batch_size=20_000))
+    with threadpool_limits(2, user_api="blas"):
+        blocks.learn(draw(20_000, 1).values, keep=False)
+        blocks.learn(draw(20, 2).values, keep=False)
+    assert seen == [{1}, {2}]

@@ -638,8 +638,9 @@ print({one["num_threads"] for one in threadpoolctl.threadpool_info() if one["use
     assert done.stdout == "{2}\n"
 
 
-def test_blas_of_compiled_code_has_one_thread_though_it_is_loaded_after_a_step_in_numpy() -> None:
-    program = """
+@pytest.mark.parametrize("how", ["n_threads=2", "compiled=True"])
+def test_blas_of_compiled_code_has_one_thread_though_it_is_loaded_after_a_step_in_numpy(how: str) -> None:
+    program = f"""
 import numpy as np, threadpoolctl
 from stream_em import Gaussian, Mixture, Schema
 from stream_em.models import mixture
@@ -654,7 +655,7 @@ def watched(*inputs):
     seen.update(one["num_threads"] for one in threadpoolctl.threadpool_info() if one["user_api"] == "blas")
     return compiled(*inputs)
 mixture._sum_features = lambda: watched
-soft.e_step(parameters, batch, n_threads=2)
+soft.e_step(parameters, batch, {how})
 print(seen)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

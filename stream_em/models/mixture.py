@@ -11,11 +11,12 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from stream_em.blas import one_blas_thread
 from stream_em.families.base import Block, Family, FamilyError, Mask, Parts, feature_table
 from stream_em.numerics import (
     LARGEST_LOG_DENSITY,
@@ -27,9 +28,6 @@ from stream_em.numerics import (
 )
 from stream_em.schema import Batch, EventError, Schema
 from stream_em.statistics import Statistics, Sums
-
-if TYPE_CHECKING:
-    from threadpoolctl import LibController
 
 NOTHING = np.empty(0, dtype=np.intp)
 
@@ -516,8 +514,12 @@ class _Expectation:
             blocks = self._compiled_blocks(given, into, centers, own)
         if blocks is None:
             blocks = partial(self._blocks, size=size, given=given, into=into, centers=centers, own=own)
-        if n_threads <= 1:
+        if n_threads <= 1 and not self.compiled:
+            # Large matrices may well have the threads that BLAS has.
             return blocks(0, n_events)
+        if n_threads <= 1:
+            with one_blas_thread:
+                return blocks(0, n_events)
         # Ever smaller pieces, so that no thread waits long for another's last one.
         most = min(PIECES_PER_THREAD * n_threads, len(starts))
         ahead = {int(len(starts) * (1.0 - piece / most) ** 2) for piece in range(most)} - {0}
@@ -536,7 +538,7 @@ class _Expectation:
                 raise
 
         others: list[Future[None]] = []
-        with _one_blas_thread:
+        with one_blas_thread:
             try:
                 others.extend(_threads().submit(work) for _ in range(n_threads - 1))
                 work()
@@ -687,45 +689,3 @@ def _sum_features() -> Callable[..., float] | None:
         return compiled_sum_features()
 
     return compiled_or_none(load)
-
-
-@lru_cache(maxsize=1)
-def _blas_libraries() -> list[LibController]:
-    # Compiled code multiplies by SciPy's library, which must be there to be found.
-    import scipy.linalg.cython_blas  # noqa: F401
-    from threadpoolctl import ThreadpoolController
-
-    libraries: list[LibController] = ThreadpoolController().select(user_api="blas").lib_controllers
-    return libraries
-
-
-class _OneBlasThread:
-    """The blocks are the parallelism; BLAS threads below them would only compete.
-
-    The limit is one of the whole process: the first of those who are at work lowers it, the last restores it.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._n_users = 0
-        self._before: list[tuple[LibController, int]] = []
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._n_users:
-                # A controller's own limit() describes every library anew, which takes as long as thousands of events.
-                counts = ((library, library.num_threads) for library in _blas_libraries())
-                self._before = [(library, n_threads) for library, n_threads in counts if n_threads > 1]
-                for library, _ in self._before:
-                    library.set_num_threads(1)
-            self._n_users += 1
-
-    def __exit__(self, *error: object) -> None:
-        with self._lock:
-            self._n_users -= 1
-            if not self._n_users:
-                for library, n_threads in self._before:
-                    library.set_num_threads(n_threads)
-
-
-_one_blas_thread = _OneBlasThread()
