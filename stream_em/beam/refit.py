@@ -11,7 +11,7 @@ import apache_beam as beam
 import numpy as np
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions
-from apache_beam.pvalue import AsDict, AsIter, AsSingleton
+from apache_beam.pvalue import AsDict, AsIter
 
 from stream_em.beam.coders import StatisticsCoder
 from stream_em.beam.expectation import COUNTS, REJECTED, EventCounts, ExpectationStep, MergePerKey
@@ -252,7 +252,7 @@ class Refit(beam.PTransform):
             runs = runs | f"M-step {number}" >> beam.Map(_advanced, bound, self.tol, AsDict(merged))
         one = events.pipeline | "One" >> beam.Create([None])
         return one | "Best" >> beam.Map(
-            _best_learner, self.model, self.schema, self.options, AsDict(runs), AsSingleton(total), AsDict(reason)
+            _best_learner, self.model, self.schema, self.options, AsDict(runs), AsDict(total), AsDict(reason)
         ).with_output_types(BatchEM)
 
     def encode(
@@ -316,11 +316,11 @@ def _best_learner(
     schema: Schema,
     options: dict[str, Any],
     runs: Mapping[int, BatchRun],
-    counts: EventCounts,
+    counts: Mapping[str, EventCounts],
     reason: Mapping[str, str],
 ) -> BatchEM:
-    check_any(counts, reason.get("reason"))
-    return _learner(model, schema, options, _best(runs), counts)
+    check_any(counts["counts"], reason.get("reason"))
+    return _learner(model, schema, options, _best(runs), counts["counts"])
 
 
 def _learner(model: Mixture, schema: Schema, options: dict[str, Any], run: BatchRun, counts: EventCounts) -> BatchEM:
@@ -531,7 +531,7 @@ def _encoded(start: int, statistics: Statistics) -> tuple[str, bytes]:
 
 
 def _counts(total: beam.PCollection) -> beam.PCollection:
-    return total | "Encode counts" >> beam.Map(lambda counts: ("counts", encode_counts(counts)))
+    return total | "Encode counts" >> beam.MapTuple(lambda name, counts: (name, encode_counts(counts)))
 
 
 def _counts_and_reason(total: beam.PCollection, reason: beam.PCollection) -> beam.PCollection:

@@ -596,12 +596,15 @@ def first_reason(rejected: beam.PCollection) -> beam.PCollection:
 
 
 def total_counts(counts: beam.PCollection, rejected: Iterable[beam.PCollection] = ()) -> beam.PCollection:
-    """Return the one value of the counts of all bundles and of events rejected before they came to be counted."""
+    """Return one pair ("counts", counts) of all bundles and of events rejected before they came to be counted."""
     more = [
         one | f"Count rejected {number}" >> beam.Map(lambda event: EventCounts(0, event.n_events))
         for number, one in enumerate(rejected)
     ]
-    return (counts, *more) | "All counts" >> beam.Flatten() | "Total" >> beam.CombineGlobally(_merged_counts)
+    # There may be no bundle. The default that a global combination has for this is a side input and six transforms.
+    none = counts.pipeline | "No events" >> beam.Create([EventCounts()], reshuffle=False)
+    pairs = (none, counts, *more) | "All counts" >> beam.Flatten() | "Counts" >> beam.Map(lambda one: ("counts", one))
+    return pairs | "Total" >> beam.CombinePerKey(_merged_counts)
 
 
 def _merged_counts(counts: Iterable[EventCounts]) -> EventCounts:
