@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stream_em import compiled, compiled_blocks
-from stream_em.blas import MOST_UNTHREADED_PRODUCTS, one_blas_thread
+from stream_em.blas import one_blas_thread
 from stream_em.families.base import feature_table
 from stream_em.models import Mixture
 from stream_em.numerics import Array
@@ -77,7 +77,7 @@ class BlockKernel:
         self._state = state
         self._table = feature_table((factor.positions, factor.kind == compiled.FULL) for factor in state.factors)
         self._step = compiled_blocks.compiled_step_block(general=state.general is not None)
-        self._n_coefficients = state.model.n_components * (self._table.shape[1] + 1)
+        self._n_coefficients = state.model.n_components * self._table.shape[1]
         self._n_answers = state.model.n_components + 2
         self._ids_are_positions = np.array_equal(state.component_ids, np.arange(len(state.component_ids)))
         self._no_answers: Array = np.empty((self._n_answers, 0))
@@ -113,8 +113,8 @@ class BlockKernel:
             # It has no spread that its offset from the pooled mean could be told from.
             return self._learn_single(values[:, 0], 1.0 if weight is None else float(weight[0]), keep=keep)
         answers = np.empty((self._n_answers, n_events)) if keep else self._no_answers
-        threaded = self._n_coefficients * n_events > MOST_UNTHREADED_PRODUCTS
-        with one_blas_thread if threaded else nullcontext():
+        shared_out = compiled_blocks.shared_out(self._n_coefficients, n_events)
+        with one_blas_thread if shared_out else nullcontext():
             log_likelihood = self._step(
                 state.vector, self._table, values, NO_WEIGHT if weight is None else weight, answers, state.general
             )

@@ -17,6 +17,7 @@ import numpy as np
 from llvmlite.binding import get_host_cpu_features
 from numba import types
 
+from stream_em.blas import MOST_UNSHARED_PRODUCTS
 from stream_em.compiled import (
     BATCH_SIZE,
     CONSTANT,
@@ -741,6 +742,12 @@ def step_block(state: Array, table: Any, events: Any, weight: Array, answers: Ar
     if whole_batch:
         _measure_span(state)
     return log_likelihood if safe else np.inf
+
+
+def shared_out(n_coefficients: int, n_events: int) -> bool:
+    """Whether BLAS, left alone, would share out to threads the products of these steps with so many coefficients."""
+    together = n_coefficients * min(n_events, CHUNK)
+    return n_coefficients > MOST_COEFFICIENTS and together > MOST_UNSHARED_PRODUCTS
 
 
 INDICES = types.Array(types.int64, 1, "C")

@@ -422,8 +422,11 @@ def test_blas_has_one_thread_while_it_multiplies_what_it_would_share_out(monkeyp
         return watched_step
 
     monkeypatch.setattr(compiled_blocks, "compiled_step_block", watched)
-    blocks = blocks_of(ready("full", batch_size=20_000))
+    generator = np.random.default_rng(0)
+    learner = OnlineEM(Mixture(Gaussian(), 16), warm_up=400).update(generator.normal(size=(400, 20)))
+    blocks = blocks_of(learner)
     with threadpool_limits(2, user_api="blas"):
-        blocks.learn(draw(20_000, 1).values, keep=False)
-        blocks.learn(draw(20, 2).values, keep=False)
+        for n_events in (500, 20):
+            blocks.learn(generator.normal(size=(20, n_events)), keep=False)
+    # Few events it does not share out.
     assert seen == [{1}, {2}]

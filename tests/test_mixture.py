@@ -625,7 +625,6 @@ schema = Schema(dict.fromkeys(("a", "b", "c", "d"), "numeric"))
 batch = schema.encode(np.random.default_rng(0).normal(size=(200_000, 4)))
 model = Mixture(Gaussian(), 8)
 parameters = model.bind(schema).pooled(batch)
-threadpoolctl.threadpool_limits(2, user_api="blas")
 callers = [threading.Thread(target=model.e_step, args=(parameters, batch), kwargs={"n_threads": 2}) for _ in range(6)]
 for caller in callers:
     caller.start()
@@ -634,7 +633,8 @@ for caller in callers:
     caller.join()
 print({one["num_threads"] for one in threadpoolctl.threadpool_info() if one["user_api"] == "blas"})
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "{2}\n"
 
 

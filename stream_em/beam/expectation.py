@@ -10,10 +10,10 @@ import apache_beam as beam
 import numpy as np
 from apache_beam.metrics import Metrics
 from apache_beam.utils.windowed_value import WindowedValue
-from threadpoolctl import threadpool_limits
 
 from stream_em.beam.coders import StatisticsCoder
 from stream_em.beam.events import EventBlocks
+from stream_em.blas import one_blas_thread
 from stream_em.columns import Roles
 from stream_em.methods import LOADING_DENSITIES, Workload
 from stream_em.models import Mixture, MixtureParameters
@@ -116,8 +116,6 @@ class ExpectationStep(beam.DoFn):
         self._log_likelihood = Metrics.distribution(NAMESPACE, "log_likelihood")
 
     def setup(self) -> None:  # noqa: D102 - Beam's
-        # Workers share the cores: one thread each for linear algebra.
-        threadpool_limits(1)
         self._bound = self.model.bind(self.schema)
 
     def start_bundle(self) -> None:  # noqa: D102 - Beam's
@@ -184,7 +182,9 @@ class _Gathered:
             self.n_events += batch.n_events
             for name, parameters in self._parameters.items():
                 compiled = _WORKLOAD.is_large_with(batch.n_events, parameters.n_components)
-                new = self._bound.e_step(parameters, batch, compiled=compiled)
+                # Workers share the cores.
+                with one_blas_thread:
+                    new = self._bound.e_step(parameters, batch, compiled=compiled)
                 known = self.statistics.get(name)
                 self.statistics[name] = new if known is None else known.merge(new)
 

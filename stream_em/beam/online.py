@@ -15,11 +15,11 @@ from apache_beam.transforms.timeutil import TimeDomain
 from apache_beam.transforms.userstate import BagStateSpec, ReadModifyWriteStateSpec, TimerSpec, on_timer
 from apache_beam.transforms.window import TimestampedValue
 from apache_beam.utils.timestamp import MIN_TIMESTAMP, Timestamp
-from threadpoolctl import threadpool_limits
 
 from stream_em.beam.coders import LearnerCoder
 from stream_em.beam.events import RejectedEvent
 from stream_em.beam.expectation import NAMESPACE, REJECTED
+from stream_em.blas import one_blas_thread
 from stream_em.columns import Roles, floats_of, seconds_of
 from stream_em.learners import BatchEM, OnlineEM
 from stream_em.models import Mixture
@@ -334,8 +334,6 @@ class _Learn(beam.DoFn):
         self._snapshot_bytes = Metrics.distribution(NAMESPACE, "snapshot_bytes")
 
     def setup(self) -> None:
-        # Workers share the cores: one thread each for linear algebra.
-        threadpool_limits(1)
         start = from_bytes(self._start_content)
         assert isinstance(start, OnlineEM)
         self._start = start
@@ -360,7 +358,9 @@ class _Learn(beam.DoFn):
         if not batch.n_events:
             return
         n_warm = _n_warm(learner, batch)
-        prediction = learner.predict_then_update(batch)
+        # Workers share the cores.
+        with one_blas_thread:
+            prediction = learner.predict_then_update(batch)
         state.write(learner)
         self._set_timer(due, timer, min(stamps), window)
         self._events.inc(batch.n_events)

@@ -12,11 +12,11 @@ import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 from apache_beam.metrics import Metrics
-from threadpoolctl import threadpool_limits
 
 from stream_em.beam.events import BLOCK_EVENTS, EventBlocks, RejectedEvent, _n_events
 from stream_em.beam.expectation import NAMESPACE, REJECTED
 from stream_em.beam.survey import _globally, check_categories, in_one_window, unapplied, untimed
+from stream_em.blas import one_blas_thread
 from stream_em.columns import Roles
 from stream_em.learners import BatchEM
 from stream_em.models import Mixture, MixtureParameters
@@ -344,10 +344,6 @@ class _FitKey(beam.DoFn):
         self._rejected = Metrics.counter(NAMESPACE, "rejected")
         self._keys = Metrics.counter(NAMESPACE, "keys")
 
-    def setup(self) -> None:
-        # Workers share the cores: one thread each for linear algebra.
-        threadpool_limits(1)
-
     def process(self, element: tuple[Any, Iterable[KeyBlock]]) -> Iterator[Any]:
         key, blocks = element
         n_events = n_told = 0
@@ -366,7 +362,10 @@ class _FitKey(beam.DoFn):
             return (Batch(block.values, self.schema, block.weight) for block in blocks)
 
         learner = BatchEM(self.model, schema=self.schema, **self.options)
-        yield key, learner.fit(_in_order(concatenate(list(batches()))) if n_events <= MOST_EVENTS else batches)
+        # Workers share the cores.
+        with one_blas_thread:
+            learner.fit(_in_order(concatenate(list(batches()))) if n_events <= MOST_EVENTS else batches)
+        yield key, learner
 
 
 def _in_order(batch: Batch) -> Batch:

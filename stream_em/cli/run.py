@@ -105,7 +105,7 @@ def run(
     if output.picture is not None:
         # To learn at the end of a long run that no picture can be drawn would be too late.
         load_plots()
-    # Held until the report is out: what a signal finds nothing to finish of is not cut off in the middle of a line.
+    # Signals are held until the report is out: by then all is written, and to cut it off would save nothing.
     with StopRequest() as stop:
         with ExitStack() as stack:
             if output.snapshot is not None:

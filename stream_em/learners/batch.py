@@ -142,7 +142,7 @@ class BatchEM(FittedMixture):
     seed_events
         Size of the sample of the events from which starts are seeded.
     n_threads
-        Threads that share the blocks of a large batch.
+        Threads that share the blocks of a large batch. Meanwhile BLAS has one thread, in the whole process.
     progress
         Whether to show a progress bar.
     seed

@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from itertools import pairwise
@@ -509,16 +510,11 @@ class _Expectation:
             own = np.flatnonzero((centers != self.center).any(axis=1))
         starts = range(0, n_events, size)
         n_threads = min(self.n_threads, len(starts))
-        blocks = None
-        if self.compiled or n_threads > 1:
-            blocks = self._compiled_blocks(given, into, centers, own)
-        if blocks is None:
-            blocks = partial(self._blocks, size=size, given=given, into=into, centers=centers, own=own)
-        if n_threads <= 1 and not self.compiled:
-            # Large matrices may well have the threads that BLAS has.
-            return blocks(0, n_events)
+        compiled = self._compiled_blocks(given, into, centers, own) if self.compiled or n_threads > 1 else None
+        blocks = compiled or partial(self._blocks, size=size, given=given, into=into, centers=centers, own=own)
         if n_threads <= 1:
-            with one_blas_thread:
+            # NumPy's matrices are larger, and may well have the threads that BLAS has.
+            with one_blas_thread if compiled else nullcontext():
                 return blocks(0, n_events)
         # Ever smaller pieces, so that no thread waits long for another's last one.
         most = min(PIECES_PER_THREAD * n_threads, len(starts))

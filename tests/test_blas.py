@@ -1,0 +1,116 @@
+"""BLAS has one thread while others are at work, and its own again when they are done, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+HEAD = """
+import os, threading
+import scipy.linalg
+from threadpoolctl import threadpool_info, threadpool_limits
+from stream_em.blas import one_blas_thread
+
+def threads():
+    return {one["num_threads"] for one in threadpool_info() if one["user_api"] == "blas"}
+
+lowered, done = threading.Event(), threading.Event()
+
+def work():
+    with one_blas_thread:
+        lowered.set()
+        done.wait(60)
+
+worker = threading.Thread(target=work)
+"""
+
+PROGRAMS = {
+    "an error among nested users": """
+try:
+    with one_blas_thread, one_blas_thread:
+        print(threads())
+        1 / 0
+except ZeroDivisionError:
+    print(threads())
+""",
+    "the last to leave did not come first": """
+worker.start()
+lowered.wait(60)
+with one_blas_thread:
+    done.set()
+    worker.join()
+    print(threads())
+print(threads())
+""",
+    "the first to come lives on": """
+def come_and_stay():
+    with one_blas_thread:
+        lowered.set()
+        second.wait(60)
+    first_left.set()
+    done.wait(60)
+
+second, first_left = threading.Event(), threading.Event()
+worker = threading.Thread(target=come_and_stay)
+worker.start()
+lowered.wait(60)
+with one_blas_thread:
+    second.set()
+    first_left.wait(60)
+    print(threads())
+print(threads())
+done.set()
+""",
+    "limits of the program's own": """
+with threadpool_limits(3, user_api="blas"):
+    with one_blas_thread:
+        print(threads())
+    assert threads() == {3}, threads()
+print(threads())
+""",
+    "another thread's limit": """
+with threadpool_limits(1, user_api="blas"):
+    worker.start()
+    lowered.wait(60)
+    print(threads())
+done.set()
+worker.join()
+print(threads())
+""",
+}
+
+FORKED = """
+worker.start()
+lowered.wait(60)
+print(threads(), flush=True)
+child = os.fork()
+if not child:
+    print(threads(), flush=True)
+    with one_blas_thread:
+        print(threads(), flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+done.set()
+worker.join()
+print(threads())
+"""
+
+
+def told(program: str) -> str:
+    # In a process of its own, since the limit is one of the process.
+    command = [sys.executable, "-c", HEAD + program]
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "2"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+@pytest.mark.parametrize("what", PROGRAMS)
+def test_threads_come_back_after(what: str) -> None:
+    assert told(PROGRAMS[what]).split() == ["{1}", "{2}"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_knows_nobody_at_work() -> None:
+    assert told(FORKED).split() == ["{1}", "{2}", "{1}", "{2}"]
