@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,53 @@ def _libraries() -> list[LibController]:
     return libraries
 
 
+_lock = threading.Lock()
+# Weakly, so that who is interrupted before leaving, by Ctrl-C say, is not waited for.
+_users: weakref.WeakSet[OneBlasThread] = weakref.WeakSet()
+_before: dict[LibController, int] = {}
+
+
+class OneBlasThread:
+    """A context in which BLAS multiplies by one thread.
+
+    The limit is one of the whole process: the first of those who are at work lowers it, the last restores it. One that
+    the program sets by threadpoolctl in another thread meanwhile may outlive both.
+    """
+
+    def __enter__(self) -> None:
+        with _lock:
+            first = not _users
+            _users.add(self)
+            if first:
+                _lower()
+
+    def __exit__(self, *error: object) -> None:
+        with _lock:
+            _users.discard(self)
+            if not _users:
+                _restore()
+
+
+def _lower() -> None:
+    # A controller's own limit() describes every library anew, which takes as long as thousands of events.
+    for library in _libraries():
+        n_threads = library.num_threads
+        if n_threads > 1:
+            _before[library] = n_threads
+            _set_threads(library, 1)
+            if library.num_threads > 1:
+                # Another thread of the program decides.
+                del _before[library]
+
+
+def _restore() -> None:
+    # One by one, so that what an interrupt leaves is restored by the next who leave.
+    while _before:
+        library, n_threads = next(iter(_before.items()))
+        _set_threads(library, n_threads)
+        del _before[library]
+
+
 def _set_threads(library: LibController, n_threads: int) -> None:
     library.set_num_threads(n_threads)
     # The thread that limits OpenBLAS first is the only one that threadpoolctl heeds, until it says that it is done.
@@ -33,53 +81,13 @@ def _set_threads(library: LibController, n_threads: int) -> None:
         release()
 
 
-class _OneBlasThread:
-    """The limit is one of the whole process: the first of those who are at work lowers it, the last restores it.
-
-    Where threadpoolctl lets another thread of the program decide, the limit is as that one has set it.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._n_users = 0
-        self._before: list[tuple[LibController, int]] = []
-
-    def __enter__(self) -> None:
-        with self._lock:
-            self._n_users += 1
-            if self._n_users > 1:
-                return
-            try:
-                self._before = []
-                # A controller's own limit() describes every library anew, which takes as long as thousands of events.
-                for library in _libraries():
-                    n_threads = library.num_threads
-                    if n_threads > 1:
-                        _set_threads(library, 1)
-                        if library.num_threads == 1:
-                            self._before.append((library, n_threads))
-            except BaseException:
-                self._leave()
-                raise
-
-    def __exit__(self, *error: object) -> None:
-        with self._lock:
-            self._leave()
-
-    def _leave(self) -> None:
-        self._n_users -= 1
-        if not self._n_users:
-            for library, n_threads in self._before:
-                _set_threads(library, n_threads)
-
-    def forget_users(self) -> None:
-        """Leave for all who were at work when this process was forked, and are not in it."""
-        self._lock = threading.Lock()
-        if self._n_users:
-            self._n_users = 1
-            self._leave()
+def _forget_users() -> None:
+    """Leave for all who were at work when this process was forked, and are not in it."""
+    global _lock
+    _lock = threading.Lock()
+    _users.clear()
+    _restore()
 
 
-one_blas_thread = _OneBlasThread()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=one_blas_thread.forget_users)
+    os.register_at_fork(after_in_child=_forget_users)

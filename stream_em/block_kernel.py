@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stream_em import compiled, compiled_blocks
-from stream_em.blas import one_blas_thread
+from stream_em.blas import OneBlasThread
 from stream_em.families.base import feature_table
 from stream_em.models import Mixture
 from stream_em.numerics import Array
@@ -114,7 +114,7 @@ class BlockKernel:
             return self._learn_single(values[:, 0], 1.0 if weight is None else float(weight[0]), keep=keep)
         answers = np.empty((self._n_answers, n_events)) if keep else self._no_answers
         shared_out = compiled_blocks.shared_out(self._n_coefficients, n_events)
-        with one_blas_thread if shared_out else nullcontext():
+        with OneBlasThread() if shared_out else nullcontext():
             log_likelihood = self._step(
                 state.vector, self._table, values, NO_WEIGHT if weight is None else weight, answers, state.general
             )

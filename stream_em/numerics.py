@@ -133,6 +133,11 @@ def inverse_from_factor(factor: Array) -> Array:
 
     They are symmetric to the last digit, and no diagonal is negative.
 
+    Raises
+    ------
+    numpy.linalg.LinAlgError
+        When a factor is singular.
+
     >>> inverse_from_factor(np.array([[[2.0, 0.0], [1.0, 1.0]]]))
     array([[[ 0.5, -0.5],
             [-0.5,  1. ]]])
@@ -144,10 +149,15 @@ def inverse_from_factor(factor: Array) -> Array:
     else:
         from scipy.linalg.lapack import dtrtri
 
-        root = np.empty_like(factor)
-        for one, into in zip(factor.reshape(-1, dimension, dimension), root.reshape(-1, dimension, dimension)):
+        factors = factor.reshape(-1, dimension, dimension)
+        roots = np.empty(factors.shape)
+        for one, into in zip(factors, roots):
             # LAPACK's columns are NumPy's rows: what is lower here is upper there.
-            into[:] = dtrtri(one.T)[0].T
+            inverse, singular = dtrtri(one.T)
+            if singular:
+                raise np.linalg.LinAlgError("Singular matrix")
+            into[:] = inverse.T
+        root = roots.reshape(factor.shape)
     # Not by LAPACK's dpotri, which wakes threads whatever the size, and takes ten times as long where they compete
     # with those of NumPy's own BLAS.
     return cast(Array, np.matmul(root.swapaxes(-1, -2), root))

@@ -12,7 +12,7 @@ HEAD = """
 import os, threading
 import scipy.linalg
 from threadpoolctl import threadpool_info, threadpool_limits
-from stream_em.blas import one_blas_thread
+from stream_em.blas import OneBlasThread
 
 def threads():
     return {one["num_threads"] for one in threadpool_info() if one["user_api"] == "blas"}
@@ -20,7 +20,7 @@ def threads():
 lowered, done = threading.Event(), threading.Event()
 
 def work():
-    with one_blas_thread:
+    with OneBlasThread():
         lowered.set()
         done.wait(60)
 
@@ -30,7 +30,7 @@ worker = threading.Thread(target=work)
 PROGRAMS = {
     "an error among nested users": """
 try:
-    with one_blas_thread, one_blas_thread:
+    with OneBlasThread(), OneBlasThread():
         print(threads())
         1 / 0
 except ZeroDivisionError:
@@ -39,7 +39,7 @@ except ZeroDivisionError:
     "the last to leave did not come first": """
 worker.start()
 lowered.wait(60)
-with one_blas_thread:
+with OneBlasThread():
     done.set()
     worker.join()
     print(threads())
@@ -47,7 +47,7 @@ print(threads())
 """,
     "the first to come lives on": """
 def come_and_stay():
-    with one_blas_thread:
+    with OneBlasThread():
         lowered.set()
         second.wait(60)
     first_left.set()
@@ -57,16 +57,37 @@ second, first_left = threading.Event(), threading.Event()
 worker = threading.Thread(target=come_and_stay)
 worker.start()
 lowered.wait(60)
-with one_blas_thread:
+with OneBlasThread():
     second.set()
     first_left.wait(60)
     print(threads())
 print(threads())
 done.set()
 """,
+    "an interrupt on leaving": """
+import signal
+from stream_em import blas
+
+class Interrupting(dict):
+    def __iter__(self):
+        signal.raise_signal(signal.SIGINT)
+        return dict.__iter__(self)
+    items = __iter__
+
+blas._before = Interrupting()
+try:
+    with OneBlasThread():
+        pass
+except KeyboardInterrupt:
+    print(threads())
+blas._before = dict(blas._before.copy())
+with OneBlasThread():
+    pass
+print(threads())
+""",
     "limits of the program's own": """
 with threadpool_limits(3, user_api="blas"):
-    with one_blas_thread:
+    with OneBlasThread():
         print(threads())
     assert threads() == {3}, threads()
 print(threads())
@@ -89,7 +110,7 @@ print(threads(), flush=True)
 child = os.fork()
 if not child:
     print(threads(), flush=True)
-    with one_blas_thread:
+    with OneBlasThread():
         print(threads(), flush=True)
     os._exit(0)
 os.waitpid(child, 0)

@@ -89,6 +89,16 @@ def test_matrices_are_inverted_from_their_factors(dimension: int, stack: tuple[i
     assert np.array_equal(matrix, before)
 
 
+def test_factors_in_any_layout_are_inverted_and_singular_ones_refused() -> None:
+    factors = np.linalg.cholesky(np.tile(np.eye(16) + 1.0, (2, 3, 1, 1)))
+    expected = inverse_from_factor(factors)
+    np.testing.assert_array_equal(inverse_from_factor(np.asfortranarray(factors)), expected)
+    np.testing.assert_allclose(inverse_from_factor(factors.astype(np.float32)), expected, rtol=1e-5)
+    for dimension in (3, 16):
+        with pytest.raises(np.linalg.LinAlgError):
+            inverse_from_factor(np.diag([*np.ones(dimension - 1), 0.0]))
+
+
 def test_safe_divide() -> None:
     quotient = safe_divide(np.array([[1.0, 2.0], [0.0, -0.0]]), np.array([[2.0], [0.0]]))
     assert quotient.tolist() == [[0.5, 1.0], [0.0, 0.0]]

@@ -13,7 +13,7 @@ from apache_beam.utils.windowed_value import WindowedValue
 
 from stream_em.beam.coders import StatisticsCoder
 from stream_em.beam.events import EventBlocks
-from stream_em.blas import one_blas_thread
+from stream_em.blas import OneBlasThread
 from stream_em.columns import Roles
 from stream_em.methods import LOADING_DENSITIES, Workload
 from stream_em.models import Mixture, MixtureParameters
@@ -183,7 +183,7 @@ class _Gathered:
             for name, parameters in self._parameters.items():
                 compiled = _WORKLOAD.is_large_with(batch.n_events, parameters.n_components)
                 # Workers share the cores.
-                with one_blas_thread:
+                with OneBlasThread():
                     new = self._bound.e_step(parameters, batch, compiled=compiled)
                 known = self.statistics.get(name)
                 self.statistics[name] = new if known is None else known.merge(new)

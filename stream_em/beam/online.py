@@ -19,7 +19,7 @@ from apache_beam.utils.timestamp import MIN_TIMESTAMP, Timestamp
 from stream_em.beam.coders import LearnerCoder
 from stream_em.beam.events import RejectedEvent
 from stream_em.beam.expectation import NAMESPACE, REJECTED
-from stream_em.blas import one_blas_thread
+from stream_em.blas import OneBlasThread
 from stream_em.columns import Roles, floats_of, seconds_of
 from stream_em.learners import BatchEM, OnlineEM
 from stream_em.models import Mixture
@@ -359,7 +359,7 @@ class _Learn(beam.DoFn):
             return
         n_warm = _n_warm(learner, batch)
         # Workers share the cores.
-        with one_blas_thread:
+        with OneBlasThread():
             prediction = learner.predict_then_update(batch)
         state.write(learner)
         self._set_timer(due, timer, min(stamps), window)

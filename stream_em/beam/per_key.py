@@ -16,7 +16,7 @@ from apache_beam.metrics import Metrics
 from stream_em.beam.events import BLOCK_EVENTS, EventBlocks, RejectedEvent, _n_events
 from stream_em.beam.expectation import NAMESPACE, REJECTED
 from stream_em.beam.survey import _globally, check_categories, in_one_window, unapplied, untimed
-from stream_em.blas import one_blas_thread
+from stream_em.blas import OneBlasThread
 from stream_em.columns import Roles
 from stream_em.learners import BatchEM
 from stream_em.models import Mixture, MixtureParameters
@@ -363,7 +363,7 @@ class _FitKey(beam.DoFn):
 
         learner = BatchEM(self.model, schema=self.schema, **self.options)
         # Workers share the cores.
-        with one_blas_thread:
+        with OneBlasThread():
             learner.fit(_in_order(concatenate(list(batches()))) if n_events <= MOST_EVENTS else batches)
         yield key, learner
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from stream_em.blas import one_blas_thread
+from stream_em.blas import OneBlasThread
 from stream_em.families.base import Block, Family, FamilyError, Mask, Parts, feature_table
 from stream_em.numerics import (
     LARGEST_LOG_DENSITY,
@@ -514,7 +514,7 @@ class _Expectation:
         blocks = compiled or partial(self._blocks, size=size, given=given, into=into, centers=centers, own=own)
         if n_threads <= 1:
             # NumPy's matrices are larger, and may well have the threads that BLAS has.
-            with one_blas_thread if compiled else nullcontext():
+            with OneBlasThread() if compiled else nullcontext():
                 return blocks(0, n_events)
         # Ever smaller pieces, so that no thread waits long for another's last one.
         most = min(PIECES_PER_THREAD * n_threads, len(starts))
@@ -534,7 +534,7 @@ class _Expectation:
                 raise
 
         others: list[Future[None]] = []
-        with one_blas_thread:
+        with OneBlasThread():
             try:
                 others.extend(_threads().submit(work) for _ in range(n_threads - 1))
                 work()
