@@ -19,6 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from stream_em.arrays import arrow_numbers
 from stream_em.numerics import LARGEST_VALUE, Array
 
 Kind = Literal["numeric", "category", "flag", "count", "duration"]
@@ -778,7 +779,7 @@ def _as_dicts(events: Any) -> Sequence[Mapping[str, Any]]:
 def _take(events: Any, positions: npt.NDArray[np.intp]) -> Any:
     """Return the events, a frame or dicts, at these positions."""
     if _is_frame(events):
-        return _as_arrow(events).take(pa.array(positions))
+        return _as_arrow(events).take(arrow_numbers(positions))
     dicts = _as_dicts(events)
     return [dicts[position] for position in positions.tolist()]
 
@@ -868,8 +869,7 @@ def numbers_of(array: pa.Array) -> npt.NDArray[Any]:
 
 
 def _scalar(number: float) -> pa.Scalar:
-    one = np.array([number])
-    return pa.Array.from_buffers(pa.from_numpy_dtype(one.dtype), 1, [None, pa.py_buffer(one)])[0]
+    return arrow_numbers(np.array([number]))[0]
 
 
 def _encode_strings(one: Field, column: pa.ChunkedArray, out: Array, extend: bool) -> Field:

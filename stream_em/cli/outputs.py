@@ -22,6 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stream_em.arrays import arrow_numbers
 from stream_em.cli.segments import SegmentedParquet
 from stream_em.plain import plain
 from stream_em.schema import Schema
@@ -419,13 +420,6 @@ class Quarantine(_OfOneJob):
         self._file.discard(keep=keep)
 
 
-def _with_nulls(values: npt.NDArray[Any], unknown: npt.NDArray[np.bool_]) -> pa.Array:
-    """Return an Arrow array of numbers with null where unknown; `pa.array` would import pandas, if it is installed."""
-    known = pa.py_buffer(np.packbits(~unknown, bitorder="little")) if unknown.any() else None
-    numbers = pa.py_buffer(np.ascontiguousarray(values))
-    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [known, numbers])
-
-
 def _count(counter: Counter[str], key: str) -> None:
     key = key[:_LONGEST_COUNTED]
     counter[key if key in counter or len(counter) < _MOST_COUNTED else _OTHERS] += 1
@@ -512,14 +506,14 @@ class ScoredEvents(_OfOneJob):
         elif len(kept) == kept[-1] - kept[0] + 1:
             rows = chunk.rows.slice(int(kept[0]), len(kept))
         else:
-            rows = chunk.rows.take(pa.array(kept))
+            rows = chunk.rows.take(arrow_numbers(kept))
         for name, values in scored.answers(self._prefix).items():
             if name in rows.column_names:
                 raise SourceError(
                     f"{chunk.path_of(0)}: has a column {name!r} already; set output.prefix to write the "
                     "scores under other names"
                 )
-            rows = rows.append_column(name, _with_nulls(values, scored.unknown))
+            rows = rows.append_column(name, arrow_numbers(values, scored.unknown))
         self._waiting.append(rows)
         self._n_waiting += rows.num_rows
         self._in_file += rows.num_rows

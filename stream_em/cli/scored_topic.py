@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import pyarrow as pa
-
+from stream_em.arrays import arrow_numbers
 from stream_em.cli.outputs import Committed, OutputError, ScoredRows
 from stream_em.kafka import TopicWriter, messages_since
 from stream_em.plain import plain
@@ -158,7 +157,7 @@ def _events(scored: ScoredRows) -> list[dict[str, Any]]:
     rows = scored.chunk.rows
     if isinstance(rows, list):
         return [dict(rows[row]) for row in scored.kept.tolist()]
-    events: list[dict[str, Any]] = rows.take(pa.array(scored.kept)).to_pylist()
+    events: list[dict[str, Any]] = rows.take(arrow_numbers(scored.kept)).to_pylist()
     return events
 
 
