@@ -28,3 +28,17 @@ def plain(value: Any) -> Any:
         # A number of more digits than Python's has no other form.
         return str(value) if isinstance(number, np.generic) else plain(number)
     return str(value)
+
+
+def is_number(text: str) -> bool:
+    """Whether a text says a number.
+
+    >>> [is_number(text) for text in ("22.30", "1e3", "EUR")]
+    [True, True, False]
+
+    """
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

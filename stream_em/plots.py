@@ -518,7 +518,7 @@ def _view_notes(axes: Axes, parts: _Components, columns: Sequence[int]) -> list[
     notes = []
     if beyond:
         ids = _listed([str(parts.ids[rank]) for rank in beyond])
-        notes.append(f"wider than this view: {ids}")
+        notes.append(f"wider than this view: component{'s' * (len(beyond) > 1)} {ids}")
     if outside:
         share = _percent(float(parts.weights[outside].sum()))
         are = "component lies" if len(outside) == 1 else "components lie"

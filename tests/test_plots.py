@@ -227,7 +227,7 @@ def test_a_wide_component_does_not_push_the_others_together(tmp_path):
     learner = Drawn([0.55, 0.4, 0.05], [[0, 0], [4, 4], [1, 1]], [[1, 1], [1, 1], [1e6, 1e6]])
     axes = plots.plot_run(learner, None, tmp_path / "wide.png").axes[0]
     assert np.ptp(axes.get_xlim()) < 50.0
-    assert "wider than this view: 2" in written(axes)
+    assert "wider than this view: component 2" in written(axes)
 
 
 @pytest.mark.parametrize("weight", [0.5, 0.05, 0.011])

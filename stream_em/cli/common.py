@@ -28,6 +28,7 @@ from stream_em.cli.outputs import (
     scored_files,
 )
 from stream_em.learners import Prediction
+from stream_em.plain import is_number
 from stream_em.sources import Chunk, Rejection, Rows, Source, same_file
 from stream_em.sources.faults import OPEN_QUOTE
 
@@ -105,8 +106,8 @@ def tell_likely_ids(console: Console, schema: Schema, events: Rows, config: Conf
         if one.kind == "numeric" and _only_grows(events, one.name):
             say(
                 console,
-                f"field {one.name!r}: whole numbers that grow with each event; is it an id, or a time? "
-                f"{config.source.excluding(one.name)} keeps it from the model",
+                f"field {one.name!r}: whole numbers that grow with each event; is it an id, or a time? Added to "
+                "source.exclude, it is kept from the model",
                 "yellow",
             )
 
@@ -226,7 +227,7 @@ class Answers:
             np.concatenate([one.log_prob for one in predictions]),
             np.concatenate([one.component for one in predictions]),
             np.concatenate([one.responsibilities for one in predictions]) if self._with_responsibilities else None,
-            learner.parameters.component_ids.tolist(),
+            learner.component_ids.tolist(),
         )
         sink.add(scored)
 
@@ -313,9 +314,20 @@ def report(
             "yellow",
         )
     for field in _likely_ids(learner):
-        told = f"nearly every value is none of the {field.max_categories} that are kept; is it an id?"
-        remedy = f"{config.source.excluding(field.name)} keeps it from the model"
-        say(console, f"field {field.name!r}: {told} {remedy}", "yellow")
+        told = f"nearly every value is none of the {field.max_categories} that are kept; is it an id? Added"
+        if all(map(is_number, field.categories)):
+            told = (
+                f"nearly every value is none of the {field.max_categories} that are kept, and these are numbers "
+                "written as text: convert the column to numbers. If it is an id, added"
+            )
+        say(console, f"field {field.name!r}: {told} to source.exclude, it is kept from the model", "yellow")
+    if quarantine.count > learner.n_events:
+        say(
+            console,
+            f"more events could not be used than could: the model is that of the {counted(learner.n_events, 'event')} "
+            "that are left. Do schema.fields and source.* say what the columns hold?",
+            "bold yellow",
+        )
 
 
 def _likely_ids(learner: OnlineEM | BatchEM) -> list[Field]:

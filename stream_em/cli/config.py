@@ -30,6 +30,11 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key and what would be valid."""
 
 
+# Endings of the names of pictures.
+PICTURES = (".png", ".svg", ".pdf")
+_LISTED_PICTURES = ".png, .svg or .pdf"
+
+
 class Section(BaseModel):
     """Base of the sections: unknown keys are refused and values are not converted behind the user's back."""
 
@@ -320,6 +325,8 @@ class OutputSection(Section):
             raise ValueError(
                 f"scored_events: is written as Parquet; the name must end in .parquet, got {self.scored_events!r}"
             )
+        if self.picture is not None and Path(self.picture).suffix not in PICTURES:
+            raise ValueError(f"picture: expected a name ending in {_LISTED_PICTURES}, got {self.picture!r}")
         files = [Path(self.folder, name).resolve() for name in names if name is not None]
         if len(set(files)) < len(files):
             raise ValueError("expected a different file for each output")

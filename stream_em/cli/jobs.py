@@ -103,22 +103,23 @@ def fit(config: Config, console: Console, *, read: Sequence[Path] = ()) -> None:
         if output.snapshot is not None:
             save(fitted, folder / output.snapshot, metadata={"source": source.name})
             written.append(folder / output.snapshot)
-        if output.picture is not None:
-            draw_learner(fitted, folder / output.picture)
-            written.append(folder / output.picture)
         ranking = LabelledRanking(config.source)
         if ranking.wanted:
             for chunk in stop.until(source, rows):
                 if len(chunk):
                     batch = encode(fitted, chunk, config, learning=False)
                     ranking.add(chunk.label, accepted_rows(batch), fitted.log_prob(batch))
+    if output.picture is not None:
+        draw_learner(fitted, folder / output.picture)
+        written.append(folder / output.picture)
     n_iterations = len(fitted.history)
+    of_start = f" of the best of {config.learner.n_init} starts" if config.learner.n_init > 1 else ""
     ending = "converged" if fitted.converged else "stopped before it converged: raise learner.max_iter"
     say(
         console,
         f"{counted(fitted.n_events, 'event')} from {source.name}, {counted(passes, 'pass', 'passes')} in "
-        f"{seconds:.1f} s ({n_read / seconds:,.0f} events/s), {counted(n_iterations, 'iteration')}, {ending}; "
-        f"mean log-posterior {fitted.history[-1]:.4f}",
+        f"{seconds:.1f} s ({n_read / seconds:,.0f} events/s), {counted(n_iterations, 'iteration')}{of_start}, "
+        f"{ending}; mean log-posterior {fitted.history[-1]:.4f}",
         "bold",
     )
     report(console, fitted, config, quarantine, Counter())

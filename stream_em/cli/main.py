@@ -22,7 +22,7 @@ try:
     from rich.padding import Padding
     from typer.core import TyperCommand, TyperGroup
 
-    from stream_em.cli.config import Config, ConfigError, check_config, describe_keys, load_config
+    from stream_em.cli.config import PICTURES, Config, ConfigError, check_config, describe_keys, load_config
 except ModuleNotFoundError as error:
     if (error.name or "").startswith("stream_em"):
         raise
@@ -346,7 +346,7 @@ def plot(
     """Draw the components of a learned model."""
     learner = load_learner(snapshot)
     path = output or snapshot.with_suffix(".png")
-    if path.suffix not in (".png", ".svg", ".pdf"):
+    if path.suffix not in PICTURES:
         raise ConfigError(f"--output {path}: expected a name ending in .png, .svg or .pdf")
     if same_file(path, snapshot):
         raise ConfigError(f"{path}: is the snapshot and would be overwritten; name the picture with --output")
@@ -373,6 +373,8 @@ def merge(
     """
     if len(snapshots) < 2:
         raise ConfigError("merge needs two snapshots or more")
+    if output.is_dir():
+        raise ConfigError(f"--output {output}: is a folder; name the snapshot to write in it")
     # A learner merges with its own kind and says so otherwise.
     merged: Any = load_learner(snapshots[0])
     for path in snapshots[1:]:

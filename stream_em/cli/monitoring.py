@@ -110,7 +110,7 @@ class Monitor(Collector):
                 self._log_likelihood = float(log_prob.mean())
             if event_time is not None:
                 self._event_time = float(event_time.max())
-            if now - self._marks[-1][0] >= 1.0 or not self._weights:
+            if learner.n_events and (now - self._marks[-1][0] >= 1.0 or not self._weights):
                 # Nobody asks more often, and to look at parameters is work for a learner.
                 weights = np.asarray(learner.parameters.weights)
                 self._weights = dict(zip(learner.parameters.component_ids.tolist(), weights.tolist()))

@@ -10,9 +10,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
 
+from stream_em.arrays import arrow_numbers
 from stream_em.cli.config import SourceSection
 from stream_em.cli.display import counted, say
 from stream_em.cli.packing import pack, unpack
+from stream_em.plain import is_number
 
 # Up to here the scores themselves are kept and the area is exact. After that they are counted in bins.
 EXACT_LIMIT = 1_000_000
@@ -159,7 +161,7 @@ class LabelledRanking:
             return
         label = label.slice(int(kept[0]), int(kept[-1] - kept[0]) + 1)
         if len(label) > len(kept):
-            label = label.take(pa.array(kept - kept[0]))
+            label = label.take(arrow_numbers(kept - kept[0]))
         there = np.asarray(label.is_valid())
         anomalous = self._anomalous(label)
         if anomalous is not None:
@@ -175,7 +177,7 @@ class LabelledRanking:
                 texts = [text.lower() for text in texts]
             # Otherwise compared as text, so that 1 in the configuration is both 1 and "1" in the data.
             elif pa.types.is_floating(label.type):
-                numbers = pa.array([float(text) for text in texts if _is_number(text)], pa.float64())
+                numbers = pa.array([float(text) for text in texts if is_number(text)], pa.float64())
                 return np.asarray(pc.is_in(label, value_set=numbers.cast(label.type)))
             return np.asarray(pc.is_in(label.cast(pa.string()), value_set=pa.array(texts, pa.string())))
         if pa.types.is_boolean(label.type):
@@ -213,11 +215,3 @@ class LabelledRanking:
                 f"({counted(score.n_anomalous, 'anomaly', 'anomalies')}, {score.n_normal:,} normal{unlabelled})",
                 "bold green",
             )
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

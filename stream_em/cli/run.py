@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 
-from stream_em import Batch, FamilyError, OnlineEM, load, save
+from stream_em import Batch, FamilyError, NotFittedError, OnlineEM, load, save
 from stream_em.cli.build import chunk_rows, make_online, make_schema
 from stream_em.cli.checkpoints import Checkpoint, check_same_job, forget_unfinished_run, settings_of, unfinished_run
 from stream_em.cli.common import (
@@ -343,7 +343,11 @@ class _Run:
         self._within_warm_up = learner.warming_up
         if self.stopped_by:
             self._save(finished=False)
-        learner.finish_warm_up()
+        try:
+            learner.finish_warm_up()
+        except NotFittedError as error:
+            # All events were without weight.
+            raise nothing_usable(self._source, self._quarantine) from error
         for output in self._outputs:
             output.publish()
         self._outputs = []

@@ -101,6 +101,11 @@ class FittedMixture:
             raise NotFittedError(f"this {type(self).__name__} has no parameters yet: it has seen no event with weight")
         return self._parameters
 
+    @property
+    def component_ids(self) -> npt.NDArray[np.int64]:
+        """Ids (K,) of the components, in the order in which predictions have them."""
+        return self.parameters.component_ids
+
     def encode(
         self,
         events: Events,
@@ -138,7 +143,7 @@ class FittedMixture:
 
     def score_events(self, events: Events) -> Prediction:
         """Return log-density, component and responsibilities of each event; nothing is learned."""
-        return as_prediction(self._posterior(self.encode(events)), self.parameters.component_ids)
+        return as_prediction(self._posterior(self.encode(events)), self.component_ids)
 
     def log_prob(self, events: Events) -> Array:
         """Return log p(event) (n,)."""

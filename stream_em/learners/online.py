@@ -425,11 +425,11 @@ class OnlineEM(FittedMixture):
         scored: Scored = []
         self._learn(batch, scored)
         if not scored:
-            n_components = len(self._component_ids())
+            n_components = len(self.component_ids)
             return Prediction(np.empty(0), np.empty(0, dtype=np.int64), np.empty((0, n_components)))
         predictions = [prediction for prediction, _ in scored]
         if self.structure is not None:
-            left = self._component_ids()
+            left = self.component_ids
             predictions = [with_columns(prediction, ids, left) for prediction, ids in scored]
         if len(predictions) == 1:
             return predictions[0]
@@ -442,9 +442,11 @@ class OnlineEM(FittedMixture):
 
     def score_events(self, events: Events) -> Prediction:  # noqa: D102 - inherited
         batch = self.encode(events)
-        return as_prediction(self._posterior(batch), self._component_ids())
+        return as_prediction(self._posterior(batch), self.component_ids)
 
-    def _component_ids(self) -> npt.NDArray[np.int64]:
+    @property
+    def component_ids(self) -> npt.NDArray[np.int64]:
+        """Ids (K,) of the components, in the order in which predictions have them; known before any event is."""
         iterate = self._state.iterate
         return np.arange(self.model.n_components) if iterate is None else iterate.component_ids
 
@@ -462,7 +464,7 @@ class OnlineEM(FittedMixture):
         try:
             batch, bound = self._accept(batch)
             if self.structure is not None and not self._known.n_updates:
-                self.structure.check_memory(bound, len(self._component_ids()), self._memory)
+                self.structure.check_memory(bound, len(self.component_ids), self._memory)
             for one in (*self._buffer, batch):
                 bound.check(one)
             start = 0
@@ -515,7 +517,7 @@ class OnlineEM(FittedMixture):
 
     def _keep_aside(self, piece: Batch, scored: Scored | None) -> None:
         if scored is not None:
-            ids = self._component_ids()
+            ids = self.component_ids
             scored.append((as_prediction(self._warm_up_posterior(piece), ids), ids))
         # The events belong to the caller, who may reuse their memory; those without weight say nothing.
         told = piece if piece.weight is None else piece.select(np.flatnonzero(piece.weight))

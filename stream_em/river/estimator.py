@@ -355,7 +355,7 @@ class MixtureEstimator(base.Estimator):
         )
 
     def _component_ids(self) -> list[int]:
-        ids: list[int] = self._learner._component_ids().tolist()
+        ids: list[int] = self._learner.component_ids.tolist()
         return ids
 
     # Many events at a time.
@@ -429,7 +429,7 @@ class MixtureEstimator(base.Estimator):
             weights = np.full(self.n_components, 1.0 / self.n_components)
         else:
             weights = learner.parameters.weights
-        ids = learner._component_ids()
+        ids = learner.component_ids
         log_prob, component = np.zeros(n_events), np.full(n_events, ids[np.argmax(weights)])
         responsibilities = np.repeat(weights[None], n_events, axis=0)
         if schema is None:
@@ -485,7 +485,7 @@ class MixtureEstimator(base.Estimator):
         successor.update(dict(events) if isinstance(events, Mapping) else events, w)
         if not successor.warming_up:
             # Ids keep their meaning: those of the new components are new.
-            successor.renumber(self._learner._component_ids().max() + 1 + np.arange(self.n_components))
+            successor.renumber(self._learner.component_ids.max() + 1 + np.arange(self.n_components))
             successor.ignored_fields = self._learner.ignored_fields
             self._learner, self._successor = successor, None
 

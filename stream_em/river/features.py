@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from stream_em.families import Family, Product, kind_for
 from stream_em.learners import OnlineEM
+from stream_em.plain import is_number
 from stream_em.schema import Batch, Field, FieldCounts, Kind, Schema, SchemaError, _is_missing
 
 # A new feature joins once it has had this many values: one value says nothing of its spread.
@@ -248,7 +249,7 @@ def warn_of_full(before: Schema | None, after: Schema | None, *, stacklevel: int
         if len(one.categories) < one.max_categories or known.get(one.name) == one:
             continue
         advice = "if it is an id or free text, leave it out, as with `compose.Discard`"
-        if all(map(_is_number, one.categories)):
+        if all(map(is_number, one.categories)):
             advice = (
                 "they are all numbers: convert them, as with `converters` of `stream.iter_csv`, which reads text where "
                 "there are none; if it is an id, leave it out, as with `compose.Discard`"
@@ -258,14 +259,6 @@ def warn_of_full(before: Schema | None, after: Schema | None, *, stacklevel: int
             f"from now on any other is 'other'; {advice}",
             stacklevel=stacklevel,
         )
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def aligned(table: pa.Table, schema: Schema) -> pa.Table:

@@ -358,10 +358,20 @@ class TestBadEvents:
         )
         write_job(tmp_path, source={"path": "e.parquet"}, output={"picture": None})
         done = stream_em(verb, "job.yaml", "schema.max_categories=40", cwd=tmp_path)
-        assert (
-            "'id': nearly every value is none of the 40 that are kept; is it an id? source.exclude=[id]" in done.stdout
-        )
+        hint = "field 'id': nearly every value is none of the 40 that are kept; is it an id? Added to source.exclude,"
+        assert hint in done.stdout
         assert done.stdout.count("is it an id?") == 1
+
+    def test_numbers_that_were_stored_as_text_are_told(self, tmp_path):
+        table = pa.table({"x": np.arange(600) % 7.0, "amount": [f"{i * 0.37:.2f}" for i in range(600)]})
+        pq.write_table(table, tmp_path / "e.parquet")
+        write_job(tmp_path, source={"path": "e.parquet"}, output={"picture": None})
+        done = stream_em("run", "job.yaml", "schema.max_categories=40", cwd=tmp_path)
+        assert "these are numbers written as text: convert the column to numbers. If it is an id, added" in done.stdout
+        (tmp_path / "e.jsonl").write_text('{"x": 1.5, "amount": 2}\n{"x": 2.5, "amount": "2"}\n{"amount": "3"}\n' * 100)
+        declared = ["source.path=e.jsonl", "schema.fields={x: numeric, amount: numeric}"]
+        done = stream_em("run", "job.yaml", *declared, cwd=tmp_path)
+        assert "more events could not be used than could: the model is that of the 100 events" in done.stdout
 
     def test_hard_but_legal_data(self, tmp_path):
         generator = np.random.default_rng(0)
@@ -742,7 +752,7 @@ class TestWhatIsTold:
             assert told + "number (numeric), again (numeric)\n" in done.stdout
             (hint,) = re.findall("^.*is it an id, or a time.*", done.stdout, re.M)
             assert hint.startswith("field 'number': ")
-            assert "source.exclude=[id, number] keeps it from the model" in hint
+            assert "Added to source.exclude, it is kept from the model" in hint
         declared = stream_em("run", "job.yaml", "schema.fields={number: count}", "schema.unknown=ignore", cwd=tmp_path)
         assert "is it an id" not in declared.stdout
 
@@ -984,6 +994,20 @@ class TestOptions:
         write_job(tmp_path, source={"path": "events.parquet", "weight": "w"}, output={"picture": None})
         done = stream_em("run", "job.yaml", cwd=tmp_path)
         assert "400 events came within the warm-up" in done.stdout
+
+    @pytest.mark.parametrize("batch_size", [1, 100, 500])
+    def test_a_start_without_any(self, tmp_path, batch_size):
+        weight = np.ones(1000)
+        weight[:300] = 0.0
+        table = events(1000).select(["x", "y"]).append_column("w", pa.array(weight))
+        pq.write_table(table, tmp_path / "events.parquet")
+        write_job(tmp_path, source={"path": "events.parquet", "weight": "w"}, output={"picture": None})
+        stream_em("run", "job.yaml", f"learner.batch_size={batch_size}", cwd=tmp_path)
+        assert pq.read_table(tmp_path / "output" / "scored.parquet")["log_prob"].null_count == 600
+        pq.write_table(table.slice(0, 300), tmp_path / "events.parquet")
+        for command in ("run", "fit"):
+            done = stream_em(command, "job.yaml", cwd=tmp_path, code=1)
+            assert "events.parquet: no event was learned from" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["", "run", "fit", "score", "show", "plot", "merge"])
