@@ -10,8 +10,10 @@ WORKERS ?= 2
 ONE_THREAD := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 VECLIB_MAXIMUM_THREADS=1
 # Engines and brokers of tests end before what Java compiles with care pays off; those of benchmarks do not.
 SHORT_LIVED_JAVA := JDK_JAVA_OPTIONS='-XX:TieredStopAtLevel=1 -XX:+UseSerialGC'
+# Numba looks for changes in a function's own file alone, not in those that its constants and helpers come from.
+KEPT_CODE = NUMBA_CACHE_DIR=$(abspath .numba)/$(shell cat stream_em/*.py stream_em/families/*.py | cksum | cut -d' ' -f1)
 # What is started once for a group of tests is started by one process.
-PYTEST = $(ONE_THREAD) $(SHORT_LIVED_JAVA) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+PYTEST = $(ONE_THREAD) $(SHORT_LIVED_JAVA) $(KEPT_CODE) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 # The lock was resolved on Linux with CPython 3.11. A newer Python may need newer releases than it names
 # (the first wheels for that Python), so everywhere else pip resolves pyproject.toml freely.
@@ -50,8 +52,8 @@ lint: $(READY)  ## check style and types
 
 .PHONY: compiled
 
-compiled: $(READY)  ## compile the steps that learn events, which else those who use them first do
-	$(BIN)/python -c 'from stream_em.compiled_blocks import compile_all; compile_all()'
+compiled: $(READY)  ## compile the steps that learn events, which else the first tests that use them do
+	$(KEPT_CODE) $(BIN)/python -c 'from stream_em.compiled_blocks import compile_all; compile_all()'
 
 bench: $(READY)  ## measure speed and memory beside peers
 	$(BIN)/python -m benchmarks
@@ -113,7 +115,7 @@ kafka-jars: .jars/kafka/.ready
 	@touch $@
 
 clean:  ## remove the virtual environments and every cache
-	rm -rf $(VENV) $(VENV)-river-* build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-river-* build dist .hypothesis .mypy_cache .numba .pytest_cache .ruff_cache
 	find stream_em tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)-river-%/.ready: pyproject.toml

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,7 @@ from stream_em.compiled import (
     compiled_step,
     entry,
     entry_point,
+    step,
 )
 from stream_em.families.gaussian import LARGEST_SQUARED_OFFSET
 from stream_em.numerics import (
@@ -770,9 +772,20 @@ def compiled_sum_features() -> Callable[..., float]:
 
 
 def compile_all() -> None:
-    """Compile every step and keep it on disk, for the processes that will load it; where it is there, load it."""
+    """Compile every step and keep it on disk, for the processes that will load it; where it is there, load it.
+
+    Raises
+    ------
+    OSError
+        When there is no place to keep it.
+
+    """
     compiled_sum_features()
     for general in (False, True):
         compiled_step_block(general)
         for gaps in (False, True):
             compiled_step(gaps, general)
+    for function in (sum_features, step_block, step):
+        place = function.stats.cache_path
+        if place is None or not any(Path(place).glob(f"*.{function.__name__}-*.nbc")):
+            raise OSError(f"compiled code cannot be kept in {place or 'any folder'}: set NUMBA_CACHE_DIR to one")

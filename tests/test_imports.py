@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -78,3 +80,28 @@ def test_public_names_are_there() -> None:
 
     assert len(set(stream_em.__all__)) == len(stream_em.__all__)
     assert all(hasattr(stream_em, name) for name in stream_em.__all__)
+
+
+def test_rooms_import_only_rooms_above_them_in_the_map() -> None:
+    root = Path(__file__).parents[1]
+    table = (root / "docs" / "concepts.md").read_text().split("| room |")[1]
+    rows = [re.findall("`(.*?)`", rooms) for rooms in re.findall(r"^\| (`[^|]*) \|", table, re.M)]
+    floor = {room.rstrip("/").removesuffix(".py"): row for row, rooms in enumerate(rows) for room in rooms}
+    paths = list((root / "stream_em").rglob("*.py"))
+    doors = {"beam", "river", "sklearn"}
+    looked_at = set()
+    for path in paths:
+        room = path.relative_to(root / "stream_em").parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        looked_at.add(room)
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            modules += [one.name for one in node.names] if isinstance(node, ast.Import) else []
+            for module in modules:
+                head, _, other = module.partition(".")
+                other = other.split(".")[0]
+                if head == "stream_em" and other:
+                    assert floor[other] <= floor[room], f"{path} imports {module}"
+                    assert other == room or not {room, other} <= doors, f"{path} imports {module}"
+    assert looked_at == set(floor)
