@@ -46,6 +46,8 @@ def test_python_of_the_pages_runs_in_order(page: str, tmp_path: Path) -> None:
     program = "\n".join(blocks("python", (ROOT / "docs" / page).read_text()))
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    if page == "sklearn.md":
+        assert "country 'FR' 100%" in done.stdout
 
 
 @pytest.mark.slow

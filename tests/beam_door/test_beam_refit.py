@@ -29,7 +29,7 @@ from stream_em import (
     SchemaError,
     load,
 )
-from stream_em.beam import Refit, RefitError, RefitPerKey, RejectedEvent, infer_categories, infer_schema
+from stream_em.beam import Refit, RefitError, RefitPerKey, RefitResult, RejectedEvent, infer_categories, infer_schema
 from stream_em.beam.expectation import EventCounts
 from stream_em.columns import Roles
 from stream_em.seeding import Reservoir
@@ -223,11 +223,23 @@ def drawn(events: int = 300) -> tuple[Mixture, list[Batch]]:
     return Mixture(CASES["product"].family, 3), shards(draw_batch(CASES["product"], events, 9, missing=0.1), 4)
 
 
-@pytest.mark.parametrize("readings", [0, 1, 3])
-def test_an_interrupted_run_goes_on_to_the_very_same_result(tmp_path: Path, readings: int) -> None:
+TO_INTERRUPT: dict[str, Any] = {"max_iter": 4, "tol": 0.0, "n_init": 2}
+
+
+@pytest.fixture(scope="module")
+def left_alone() -> RefitResult:
     model, pieces = drawn()
-    options: dict[str, Any] = {"schema": pieces[0].schema, "max_iter": 4, "tol": 0.0, "n_init": 2}
-    expected = Refit(model, **options).run(FailsAfter(pieces, 99), runner=RUNNER)
+    return Refit(model, schema=pieces[0].schema, **TO_INTERRUPT).run(FailsAfter(pieces, 99), runner=RUNNER)
+
+
+@pytest.mark.parametrize("readings", [0, 1, 3])
+@pytest.mark.xdist_group("refits interrupted")
+def test_an_interrupted_run_goes_on_to_the_very_same_result(
+    tmp_path: Path, left_alone: RefitResult, readings: int
+) -> None:
+    model, pieces = drawn()
+    options: dict[str, Any] = {"schema": pieces[0].schema, **TO_INTERRUPT}
+    expected = left_alone
     folder = str(tmp_path / "run")
     with pytest.raises(InterruptedRunError):
         Refit(model, **options).run(FailsAfter(pieces, readings), folder, runner=RUNNER)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import inspect
 import pickle
-import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import joblib
@@ -210,11 +208,3 @@ def test_the_door_opens_no_other_and_leaves_optional_packages_alone() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_the_guide_runs(tmp_path: Path) -> None:
-    guide = (Path(__file__).parents[2] / "docs" / "sklearn.md").read_text()
-    program = "\n".join(re.findall(r"^```python\n(.*?)^```$", guide, flags=re.DOTALL | re.MULTILINE))
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "country 'FR' 100%" in done.stdout
