@@ -674,7 +674,10 @@ def _nearest_path(keys: Sequence[str], valid: Sequence[str]) -> str:
     """The dotted path that was probably meant, or else the keys that there are."""
     near = _near_path(keys)
     if near is not None:
-        return f"; did you mean {near!r}?"
+        section, _, key = near.rpartition(".")
+        # Another kind of this very section may have a key of that name.
+        if key in valid or section != ".".join(keys[:-1]):
+            return f"; did you mean {near!r}?"
     return f" (there are: {', '.join(valid)})" if valid else ""
 
 

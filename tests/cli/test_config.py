@@ -97,6 +97,10 @@ def test_the_configurations_that_ship_are_valid(name):
         ({"model": {"prior_weight": float("inf")}}, "job.yaml: model.prior_weight: expected a finite number, got inf"),
         ({"model": {"n_components": 100_000_000}}, "model.n_components: expected less than or equal to 10000"),
         ({"learner": {"seed": -1}}, "job.yaml: learner.seed: expected greater than or equal to 0, got -1"),
+        (
+            {"learner": {"schedule": {"kind": "constant", "step": 1}}},
+            "job.yaml: learner.schedule.step: no such key (there are: kind, value)",
+        ),
         ({"learner": {"schedule": {"kind": "constant", "value": 1.5}}}, "a constant step size must lie in (0, 1)"),
         ({"learner": {"schedule": {"kind": "robbins_monro", "offset": -1.0}}}, "offset must be"),
     ],
