@@ -18,6 +18,7 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.job_server import JobServer
 from apache_beam.runners.portability.prism_runner import PrismJobServer
+from ports import free_ports
 
 ROOT = Path(__file__).parents[2]
 FLINK = ROOT / ".jars" / "flink"
@@ -151,7 +152,7 @@ def _answers(port: int) -> bool:
 @contextmanager
 def served(kind: Callable[[PipelineOptions], JobServer], *flags: str) -> Iterator[str]:
     """Keep one job server for many pipelines: a runner that is given no endpoint may start one for each."""
-    port = free_port()
+    (port,) = free_ports(1)
     server = kind(PipelineOptions([*flags, f"--job_port={port}"]))
     try:
         server.start()
@@ -161,18 +162,6 @@ def served(kind: Callable[[PipelineOptions], JobServer], *flags: str) -> Iterato
 
 
 ENGINES = {"embedded": embedded, "processes": processes, "flink": flink, "prism": prism}
-
-
-def free_port() -> int:
-    return free_ports(1)[0]
-
-
-def free_ports(n: int) -> list[int]:
-    sockets = [socket.create_server(("localhost", 0)) for _ in range(n)]
-    ports = [held.getsockname()[1] for held in sockets]
-    for held in sockets:
-        held.close()
-    return ports
 
 
 class Collect(beam.PTransform):

@@ -20,7 +20,8 @@ from apache_beam.ml.inference.base import RunInference
 from apache_beam.pvalue import AsSingleton
 from apache_beam.transforms.window import FixedWindows, GlobalWindows, TimestampedValue
 from engine_cases import MODEL, SCHEMA, InShards, SlowShards, a_start, assert_same, assert_same_fit, mixed_events
-from engines import ENGINES, PRISM, PRISM_FLAGS, Collect, Engine, EngineMissingError, collected, free_port, prism
+from engines import ENGINES, PRISM, PRISM_FLAGS, Collect, Engine, EngineMissingError, collected, prism
+from ports import free_ports
 
 from stream_em import (
     BatchEM,
@@ -44,8 +45,8 @@ MARKS = {"processes": (pytest.mark.slow,), "flink": (pytest.mark.flink, QUIET), 
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     with pytest.MonkeyPatch.context() as patch:
         # Worker processes import what the tests define.
-        here, paths = str(Path(__file__).parent), os.environ.get("PYTHONPATH")
-        patch.setenv("PYTHONPATH", here if not paths else os.pathsep.join([here, paths]))
+        here, paths = Path(__file__).parent, os.environ.get("PYTHONPATH")
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(here), str(here.parent), *([paths] if paths else [])]))
         context = ENGINES[request.param]()
         try:
             started = context.__enter__()
@@ -251,7 +252,7 @@ def test_a_refit_whose_engine_is_killed_goes_on_to_the_same_numbers(tmp_path: Pa
     events = mixed_events()
     refit = Refit(MODEL, schema=SCHEMA, initial_parameters=a_start(events)[1], max_iter=3, tol=0.0)
     reading, folder = tmp_path / "reading", tmp_path / "run"
-    port = free_port()
+    (port,) = free_ports(1)
     server = subprocess.Popen(
         [PRISM, "--job_port", str(port), "--serve_http=false"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

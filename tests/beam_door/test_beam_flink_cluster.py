@@ -16,7 +16,8 @@ from typing import Any
 import apache_beam as beam
 import pytest
 from engine_cases import MODEL, SCHEMA, SlowShards, a_start, assert_same_fit, mixed_events
-from engines import FLINK_FLAGS, Engine, free_ports, job_server, jvm, kill, wait_for, why_no_flink
+from engines import FLINK_FLAGS, Engine, job_server, jvm, kill, wait_for, why_no_flink
+from ports import free_ports
 
 from stream_em import BatchEM, HalfLife
 from stream_em.beam import OnlineUpdate, ReadKafka, Refit, ScoredEvent

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from ports import free_ports
 
 kafka_broker = pytest.importorskip("kafka_broker", reason="needs confluent-kafka: the extra 'kafka'")
 
@@ -343,7 +344,7 @@ class TestWatching:
         write_job(
             tmp_path, mock, topic, source=source, output={"checkpoint_every": 100}, time="made", schedule=schedule
         )
-        (port,) = kafka_broker.free_ports(1)
+        (port,) = free_ports(1)
         log = (tmp_path / "log").open("w+")
         watched = ("--metrics-port", str(port), "--stall-after", "2", "--log-format", "json")
         job = start(tmp_path, *watched, stdout=subprocess.PIPE, stderr=log)
