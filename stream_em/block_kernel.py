@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Protocol
 
 import numpy as np
@@ -77,7 +76,7 @@ class BlockKernel:
         self._state = state
         self._table = feature_table((factor.positions, factor.kind == compiled.FULL) for factor in state.factors)
         self._step = compiled_blocks.compiled_step_block(general=state.general is not None)
-        self._n_coefficients = state.model.n_components * self._table.shape[1]
+        self._shared_from = compiled_blocks.shared_from(state.model.n_components * self._table.shape[1])
         self._n_answers = state.model.n_components + 2
         self._ids_are_positions = np.array_equal(state.component_ids, np.arange(len(state.component_ids)))
         self._no_answers: Array = np.empty((self._n_answers, 0))
@@ -113,11 +112,12 @@ class BlockKernel:
             # It has no spread that its offset from the pooled mean could be told from.
             return self._learn_single(values[:, 0], 1.0 if weight is None else float(weight[0]), keep=keep)
         answers = np.empty((self._n_answers, n_events)) if keep else self._no_answers
-        shared_out = compiled_blocks.shared_out(self._n_coefficients, n_events)
-        with OneBlasThread() if shared_out else nullcontext():
-            log_likelihood = self._step(
-                state.vector, self._table, values, NO_WEIGHT if weight is None else weight, answers, state.general
-            )
+        given = state.vector, self._table, values, NO_WEIGHT if weight is None else weight, answers, state.general
+        if n_events < self._shared_from:
+            log_likelihood = self._step(*given)
+        else:
+            with OneBlasThread():
+                log_likelihood = self._step(*given)
         if math.isnan(log_likelihood):
             return None
         if log_likelihood == math.inf:

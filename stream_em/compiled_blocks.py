@@ -746,10 +746,10 @@ def step_block(state: Array, table: Any, events: Any, weight: Array, answers: Ar
     return log_likelihood if safe else np.inf
 
 
-def shared_out(n_coefficients: int, n_events: int) -> bool:
-    """Whether BLAS, left alone, would share out to threads the products of these steps with so many coefficients."""
-    together = n_coefficients * min(n_events, CHUNK)
-    return n_coefficients > MOST_COEFFICIENTS and together > MOST_UNSHARED_PRODUCTS
+def shared_from(n_coefficients: int) -> float:
+    """From how many events on BLAS, left alone, would share the products of a step with them out to threads."""
+    most_unshared = MOST_UNSHARED_PRODUCTS // n_coefficients
+    return most_unshared + 1 if n_coefficients > MOST_COEFFICIENTS and most_unshared < CHUNK else math.inf
 
 
 INDICES = types.Array(types.int64, 1, "C")
