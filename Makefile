@@ -10,10 +10,8 @@ WORKERS ?= 2
 ONE_THREAD := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 VECLIB_MAXIMUM_THREADS=1
 # Engines and brokers of tests end before what Java compiles with care pays off; those of benchmarks do not.
 SHORT_LIVED_JAVA := JDK_JAVA_OPTIONS='-XX:TieredStopAtLevel=1 -XX:+UseSerialGC'
-# Numba looks for changes in a function's own file alone, not in those that its constants and helpers come from.
-KEPT_CODE = NUMBA_CACHE_DIR=$(abspath .numba)/$(shell cat stream_em/*.py stream_em/families/*.py | cksum | cut -d' ' -f1)
 # What is started once for a group of tests is started by one process.
-PYTEST = $(ONE_THREAD) $(SHORT_LIVED_JAVA) $(KEPT_CODE) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+PYTEST = $(ONE_THREAD) $(SHORT_LIVED_JAVA) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 # The lock was resolved on Linux with CPython 3.11. A newer Python may need newer releases than it names
 # (the first wheels for that Python), so everywhere else pip resolves pyproject.toml freely.
@@ -42,7 +40,7 @@ help:  ## show this list
 demo: $(READY)  ## cluster the NASA shuttle sensor stream and score its anomalies
 	$(BIN)/stream-em run configs/shuttle.yaml
 
-test: $(READY)  ## run every test and doctest
+test: $(READY) .numba  ## run every test and doctest
 	$(PYTEST)
 
 lint: $(READY)  ## check style and types
@@ -52,8 +50,13 @@ lint: $(READY)  ## check style and types
 
 .PHONY: compiled
 
-compiled: $(READY)  ## compile the steps that learn events, which else the first tests that use them do
-	$(KEPT_CODE) $(BIN)/python -c 'from stream_em.compiled_blocks import compile_all; compile_all()'
+compiled: $(READY) .numba  ## compile the steps that learn events, which else those who use them first do
+	$(BIN)/python -c 'from stream_em.compiled_blocks import compile_all; compile_all()'
+
+# Numba looks for changes in a function's own file alone, not in those that its constants and helpers come from.
+.numba: $(wildcard stream_em/*.py stream_em/families/*.py)
+	@rm -f stream_em/__pycache__/*.nb[ci]
+	@touch $@
 
 bench: $(READY)  ## measure speed and memory beside peers
 	$(BIN)/python -m benchmarks
