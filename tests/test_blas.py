@@ -69,10 +69,8 @@ import signal
 from stream_em import blas
 
 class Interrupting(dict):
-    def __iter__(self):
+    def items(self):
         signal.raise_signal(signal.SIGINT)
-        return dict.__iter__(self)
-    items = __iter__
 
 blas._before = Interrupting()
 try:
@@ -80,7 +78,7 @@ try:
         pass
 except KeyboardInterrupt:
     print(threads())
-blas._before = dict(blas._before.copy())
+blas._before = dict(blas._before)
 with OneBlasThread():
     pass
 print(threads())

@@ -297,9 +297,7 @@ def nothing_usable(source: Source, quarantine: Quarantine) -> DataError:
     )
 
 
-def report(
-    console: Console, learner: OnlineEM | BatchEM, config: Config, quarantine: Quarantine, left_out: Counter[str]
-) -> None:
+def report(console: Console, learner: OnlineEM | BatchEM, quarantine: Quarantine, left_out: Counter[str]) -> None:
     """Say what was learned, and what was left out."""
     console.print(component_table(learner))
     if isinstance(learner, OnlineEM) and learner.structure is not None:
@@ -314,13 +312,15 @@ def report(
             "yellow",
         )
     for field in _likely_ids(learner):
-        told = f"nearly every value is none of the {field.max_categories} that are kept; is it an id? Added"
+        guess = "; is it an id? Added"
         if all(map(is_number, field.categories)):
-            told = (
-                f"nearly every value is none of the {field.max_categories} that are kept, and these are numbers "
-                "written as text: convert the column to numbers. If it is an id, added"
-            )
-        say(console, f"field {field.name!r}: {told} to source.exclude, it is kept from the model", "yellow")
+            guess = ", and these are numbers written as text: convert the column to numbers. If it is an id, added"
+        say(
+            console,
+            f"field {field.name!r}: nearly every value is none of the {field.max_categories} that are kept{guess} to "
+            "source.exclude, it is kept from the model",
+            "yellow",
+        )
     if quarantine.count > learner.n_events:
         say(
             console,

@@ -32,7 +32,7 @@ class ConfigError(ValueError):
 
 # Endings of the names of pictures.
 PICTURES = (".png", ".svg", ".pdf")
-_LISTED_PICTURES = ".png, .svg or .pdf"
+LISTED_PICTURES = f"{', '.join(PICTURES[:-1])} or {PICTURES[-1]}"
 
 
 class Section(BaseModel):
@@ -326,7 +326,7 @@ class OutputSection(Section):
                 f"scored_events: is written as Parquet; the name must end in .parquet, got {self.scored_events!r}"
             )
         if self.picture is not None and Path(self.picture).suffix not in PICTURES:
-            raise ValueError(f"picture: expected a name ending in {_LISTED_PICTURES}, got {self.picture!r}")
+            raise ValueError(f"picture: expected a name ending in {LISTED_PICTURES}, got {self.picture!r}")
         files = [Path(self.folder, name).resolve() for name in names if name is not None]
         if len(set(files)) < len(files):
             raise ValueError("expected a different file for each output")

@@ -59,59 +59,58 @@ def fit(config: Config, console: Console, *, read: Sequence[Path] = ()) -> None:
         if output.snapshot is not None:
             stack.enter_context(only_writer(folder / output.snapshot))
         refuse_unfinished_run(config)
-        quarantine = stack.enter_context(Quarantine(folder / output.quarantine))
-        progress = stack.enter_context(Progress(console))
-        rows = chunk_rows(source, config.learner.batch_size)
-        first_events = next((chunk.events for chunk in source.chunks(rows) if len(chunk)), None)
-        if first_events is None:
-            for chunk in source.chunks(rows):
-                set_aside(chunk.rejected, quarantine, config)
-            raise nothing_usable(source, quarantine)
-        schema = make_schema(config, first_events)
-        tell_fields(console, schema)
-        tell_likely_ids(console, schema, first_events, config)
-        fitted = make_batch(config, schema)
-        n_read = passes = 0
+        with Quarantine(folder / output.quarantine) as quarantine, Progress(console) as progress:
+            rows = chunk_rows(source, config.learner.batch_size)
+            first_events = next((chunk.events for chunk in source.chunks(rows) if len(chunk)), None)
+            if first_events is None:
+                for chunk in source.chunks(rows):
+                    set_aside(chunk.rejected, quarantine, config)
+                raise nothing_usable(source, quarantine)
+            schema = make_schema(config, first_events)
+            tell_fields(console, schema)
+            tell_likely_ids(console, schema, first_events, config)
+            fitted = make_batch(config, schema)
+            n_read = passes = 0
 
-        def batches() -> Iterator[Batch]:
-            nonlocal n_read, passes, schema
-            passes += 1
-            # Events that cannot be used are the same in every pass.
-            first = quarantine if passes == 1 else None
-            for chunk in source.chunks(rows):
-                if stop.requested:
-                    raise KeyboardInterrupt
-                if first is not None:
-                    set_aside(chunk.rejected, first, config)
-                if not len(chunk):
-                    continue
-                batch = encode(schema, chunk, config)
-                if first is not None:
-                    set_aside(explain(batch.rejected, batch.schema, chunk, config), first, config)
-                schema = batch.schema
-                n_read += batch.n_events
-                yield batch
-                if progress.due():
-                    progress.show(n_read, reading=f"pass {passes}", **_log_posterior(fitted))
+            def batches() -> Iterator[Batch]:
+                nonlocal n_read, passes, schema
+                passes += 1
+                # Events that cannot be used are the same in every pass.
+                first = quarantine if passes == 1 else None
+                for chunk in source.chunks(rows):
+                    if stop.requested:
+                        raise KeyboardInterrupt
+                    if first is not None:
+                        set_aside(chunk.rejected, first, config)
+                    if not len(chunk):
+                        continue
+                    batch = encode(schema, chunk, config)
+                    if first is not None:
+                        set_aside(explain(batch.rejected, batch.schema, chunk, config), first, config)
+                    schema = batch.schema
+                    n_read += batch.n_events
+                    yield batch
+                    if progress.due():
+                        progress.show(n_read, reading=f"pass {passes}", **_log_posterior(fitted))
 
-        try:
-            fitted.fit(batches)
-        except NotFittedError as error:
-            raise nothing_usable(source, quarantine) from error
-        seconds = progress.seconds
-        written = [quarantine.path] if quarantine.count else []
-        if output.snapshot is not None:
-            save(fitted, folder / output.snapshot, metadata={"source": source.name})
-            written.append(folder / output.snapshot)
-        ranking = LabelledRanking(config.source)
-        if ranking.wanted:
-            for chunk in stop.until(source, rows):
-                if len(chunk):
-                    batch = encode(fitted, chunk, config, learning=False)
-                    ranking.add(chunk.label, accepted_rows(batch), fitted.log_prob(batch))
-    if output.picture is not None:
-        draw_learner(fitted, folder / output.picture)
-        written.append(folder / output.picture)
+            try:
+                fitted.fit(batches)
+            except NotFittedError as error:
+                raise nothing_usable(source, quarantine) from error
+            seconds = progress.seconds
+            written = [quarantine.path] if quarantine.count else []
+            if output.snapshot is not None:
+                save(fitted, folder / output.snapshot, metadata={"source": source.name})
+                written.append(folder / output.snapshot)
+            ranking = LabelledRanking(config.source)
+            if ranking.wanted:
+                for chunk in stop.until(source, rows):
+                    if len(chunk):
+                        batch = encode(fitted, chunk, config, learning=False)
+                        ranking.add(chunk.label, accepted_rows(batch), fitted.log_prob(batch))
+        if output.picture is not None:
+            draw_learner(fitted, folder / output.picture)
+            written.append(folder / output.picture)
     n_iterations = len(fitted.history)
     of_start = f" of the best of {config.learner.n_init} starts" if config.learner.n_init > 1 else ""
     ending = "converged" if fitted.converged else "stopped before it converged: raise learner.max_iter"
@@ -122,7 +121,7 @@ def fit(config: Config, console: Console, *, read: Sequence[Path] = ()) -> None:
         f"{ending}; mean log-posterior {fitted.history[-1]:.4f}",
         "bold",
     )
-    report(console, fitted, config, quarantine, Counter())
+    report(console, fitted, quarantine, Counter())
     if not stop.requested:
         ranking.report(console, after_warm_up=False)
     list_files(console, written)

@@ -22,7 +22,15 @@ try:
     from rich.padding import Padding
     from typer.core import TyperCommand, TyperGroup
 
-    from stream_em.cli.config import PICTURES, Config, ConfigError, check_config, describe_keys, load_config
+    from stream_em.cli.config import (
+        LISTED_PICTURES,
+        PICTURES,
+        Config,
+        ConfigError,
+        check_config,
+        describe_keys,
+        load_config,
+    )
 except ModuleNotFoundError as error:
     if (error.name or "").startswith("stream_em"):
         raise
@@ -338,7 +346,7 @@ def plot(
         typer.Option(
             "--output",
             "-o",
-            help="Picture to write: .png, .svg or .pdf. Default: the snapshot's name, ending in .png.",
+            help=f"Picture to write: {LISTED_PICTURES}. Default: the snapshot's name, ending in .png.",
             show_default=False,
         ),
     ] = None,
@@ -347,7 +355,7 @@ def plot(
     learner = load_learner(snapshot)
     path = output or snapshot.with_suffix(".png")
     if path.suffix not in PICTURES:
-        raise ConfigError(f"--output {path}: expected a name ending in .png, .svg or .pdf")
+        raise ConfigError(f"--output {path}: expected a name ending in {LISTED_PICTURES}")
     if same_file(path, snapshot):
         raise ConfigError(f"{path}: is the snapshot and would be overwritten; name the picture with --output")
     draw_learner(learner, path)

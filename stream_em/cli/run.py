@@ -403,7 +403,7 @@ class _Run:
                 "component and log_prob are null",
             )
         left_out = sum((sink.left_out for sink in self._sinks.values()), Counter[str]())
-        report(console, learner, self._config, self._quarantine, left_out)
+        report(console, learner, self._quarantine, left_out)
         self._ranking.report(console, after_warm_up=True)
         output = self._config.output
         written: list[Path | str] = [sink.name for sink in self._sinks.values()]

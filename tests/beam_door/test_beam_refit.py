@@ -239,7 +239,6 @@ def test_an_interrupted_run_goes_on_to_the_very_same_result(
 ) -> None:
     model, pieces = drawn()
     options: dict[str, Any] = {"schema": pieces[0].schema, **TO_INTERRUPT}
-    expected = left_alone
     folder = str(tmp_path / "run")
     with pytest.raises(InterruptedRunError):
         Refit(model, **options).run(FailsAfter(pieces, readings), folder, runner=RUNNER)
@@ -247,19 +246,19 @@ def test_an_interrupted_run_goes_on_to_the_very_same_result(
         # The first start is one iteration ahead, and a snapshot of the second is damaged.
         (tmp_path / "run" / "start-1" / "iteration-0002.arrow").write_bytes(b"half a snapshot")
     found = Refit(model, **options).run(FailsAfter(pieces, 99), folder, runner=RUNNER)
-    assert found.counts == expected.counts
-    assert found.learner.history == expected.learner.history
-    assert_fits_equal(found.learner, expected.learner)
+    assert found.counts == left_alone.counts
+    assert found.learner.history == left_alone.learner.history
+    assert_fits_equal(found.learner, left_alone.learner)
     for name, array in model.bind(pieces[0].schema).family.arrays(found.learner.parameters.components).items():
-        other = model.bind(pieces[0].schema).family.arrays(expected.learner.parameters.components)[name]
+        other = model.bind(pieces[0].schema).family.arrays(left_alone.learner.parameters.components)[name]
         assert np.array_equal(array, other)
     # A run that has ended reads nothing any more, and leaves nothing pending.
     again = Refit(model, **options).run(FailsAfter(pieces, 0), folder, runner=RUNNER)
-    assert again.learner.history == expected.learner.history
+    assert again.learner.history == left_alone.learner.history
     assert not list((tmp_path / "run" / "pending").iterdir())
     saved = load(tmp_path / "run" / "model.arrow")
     assert isinstance(saved, BatchEM)
-    assert saved.history == expected.learner.history
+    assert saved.history == left_alone.learner.history
     assert read_metadata(tmp_path / "run" / "model.arrow") == {"counts": [300, 0, []]}
 
 

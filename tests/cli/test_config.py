@@ -64,7 +64,7 @@ def test_the_configurations_that_ship_are_valid(name):
         ),
         (
             {"output": {"picture": "p.xyz"}},
-            "output: picture: expected a name ending in .png",
+            "output: picture: expected a name ending in .png, .svg or .pdf, got 'p.xyz'",
         ),
         ({"learner": {"schedule": {"kind": "half_life", "half_life": 60}}}, "name its column in source.time"),
         ({"schema": {"fields": {"a": "numerc"}}}, "schema.fields.a: expected one of numeric, category, flag"),
