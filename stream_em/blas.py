@@ -1,8 +1,9 @@
-"""The threads of BLAS, which compiled code does without."""
+"""The threads of BLAS, which do more harm than good for all but large matrices."""
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import weakref
 from functools import lru_cache
@@ -15,11 +16,17 @@ if TYPE_CHECKING:
 # GEMM_MULTITHREAD_THRESHOLD.
 MOST_UNSHARED_PRODUCTS = 262_144
 
+# Up to here its threads save NumPy nothing worth mentioning, and take as much of a processor again while they wait.
+NOT_WORTH_SHARING = 8_000_000
 
-@lru_cache(maxsize=1)
+
 def _libraries() -> list[LibController]:
-    # Compiled code multiplies by SciPy's library, which must be there to be found.
-    import scipy.linalg.cython_blas  # noqa: F401
+    # Compiled code, and who uses it loads that first, multiplies by SciPy's library; NumPy has its own.
+    return _libraries_with("scipy.linalg.cython_blas" in sys.modules)
+
+
+@lru_cache(maxsize=2)
+def _libraries_with(scipy: bool) -> list[LibController]:
     from threadpoolctl import ThreadpoolController
 
     libraries: list[LibController] = ThreadpoolController().select(user_api="blas").lib_controllers
@@ -35,16 +42,14 @@ _before: dict[LibController, int] = {}
 class OneBlasThread:
     """A context in which BLAS multiplies by one thread.
 
-    The limit is one of the whole process: the first of those who are at work lowers it, the last restores it. One that
-    the program sets by threadpoolctl in another thread meanwhile may outlive both.
+    The limit is one of the whole process: who comes to work lowers it, the last to leave restores it. One that the
+    program sets by threadpoolctl in another thread meanwhile may outlive both.
     """
 
     def __enter__(self) -> None:
         with _lock:
-            first = not _users
             _users.add(self)
-            if first:
-                _lower()
+            _lower()
 
     def __exit__(self, *error: object) -> None:
         with _lock:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 from operator import itemgetter
 from struct import Struct
 from struct import error as PackingError  # noqa: N812 - an error, whatever its case
@@ -615,5 +615,9 @@ def _sums(part: Part) -> Array:
 
 def _symmetric(lower: Array) -> Array:
     """Return symmetric matrices (..., D, D) of which only the lower halves are filled."""
-    strictly = np.tril(lower, -1)
-    return np.tril(lower) + strictly.swapaxes(-1, -2)
+    return np.where(_lower_half(lower.shape[-1]), lower, lower.swapaxes(-1, -2))
+
+
+@cache
+def _lower_half(size: int) -> npt.NDArray[np.bool_]:
+    return np.tri(size, dtype=np.bool_)

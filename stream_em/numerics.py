@@ -39,6 +39,9 @@ SMALLEST_FOR_LAPACK = 16
 # Matrices with no more products than this are not packed first by OpenBLAS, where it has the vectors of AVX-512.
 UNPACKED_PRODUCTS = 1_000_000
 
+# OpenBLAS shares products of longer vectors out to threads.
+LONGEST_UNSHARED_VECTOR = 10_000
+
 # Whole numbers stay below this, so that any two may be added or divided as doubles or 64-bit integers.
 LARGEST_WHOLE = 2**62
 
@@ -61,6 +64,16 @@ def check_whole(*, least: int = 1, below: int | None = LARGEST_WHOLE, why: str =
         if not whole or int(value) < least or (below is not None and int(value) >= below):
             reason = f": {why}" if why else ""
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}{reason}")
+
+
+def is_plain(values: Array) -> bool:
+    """Whether no value is missing or beyond the range of numbers, as one pass tells: the sum of squares is small."""
+    flat = values.ravel(order="K")
+    with np.errstate(over="ignore", invalid="ignore"):
+        if flat.size <= LONGEST_UNSHARED_VECTOR:
+            return float(np.dot(flat, flat)) < LARGEST_VALUE
+        # Not by BLAS: its threads, once woken, wait busily for more, for longer than it takes to learn what is checked.
+        return float(np.einsum("i,i->", flat, flat)) < LARGEST_VALUE
 
 
 def softmax_in_place(log_joint: Array) -> Array:

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stream_em.arrays import arrow_numbers
-from stream_em.numerics import LARGEST_VALUE, Array
+from stream_em.numerics import LARGEST_VALUE, Array, is_plain
 
 Kind = Literal["numeric", "category", "flag", "count", "duration"]
 KINDS: tuple[Kind, ...] = ("numeric", "category", "flag", "count", "duration")
@@ -650,7 +650,7 @@ class Schema:
         """
         if values.shape[1] == 0:
             return True
-        complete = _is_plain(values)
+        complete = is_plain(values)
         if complete and self._all_numeric:
             return True
         if not complete:
@@ -746,13 +746,6 @@ def _as_arrow(events: Any) -> pa.Table:
     described = (events.schema.pandas_metadata or {}).get("index_columns", ())
     index = [name for name in described if isinstance(name, str) and name in events.column_names]
     return events.drop_columns(index) if index else events
-
-
-def _is_plain(values: Array) -> bool:
-    """Whether no value is missing or beyond the range of numbers, as one pass tells: the sum of squares is small."""
-    flat = values.ravel(order="K")
-    with np.errstate(over="ignore"):
-        return float(np.dot(flat, flat)) < LARGEST_VALUE
 
 
 def _as_matrix(matrix: npt.NDArray[Any]) -> npt.NDArray[Any]:

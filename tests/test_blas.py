@@ -133,3 +133,25 @@ def test_threads_come_back_after(what: str) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_process_knows_nobody_at_work() -> None:
     assert told(FORKED).split() == ["{1}", "{2}", "{1}", "{2}"]
+
+
+@pytest.mark.parametrize(("n_fields", "n_components", "expected"), [(2, 2, "{2}"), (9, 5, "{1}"), (70, 20, "{2}")])
+def test_numpy_has_one_thread_where_more_would_wait_longer_than_they_work(
+    n_fields: int, n_components: int, expected: str
+) -> None:
+    program = f"""
+import numpy as np
+from stream_em import Batch, Gaussian, Mixture, Schema
+from stream_em.models.mixture import _Expectation
+
+blocks = _Expectation._blocks
+_Expectation._blocks = lambda *given, **named: (print(threads()), blocks(*given, **named))[1]
+events = np.random.default_rng(0).normal(size=(2_000, {n_fields}))
+batch = Batch(events.T, Schema.infer(events))
+model = Mixture(Gaussian(), {n_components}).bind(batch.schema)
+model.e_step(model.initialize(batch, np.full(({n_components}, 2_000), 1 / {n_components})), batch)
+print(threads())
+"""
+    *during, after = told(program).split()
+    assert set(during) == {expected}
+    assert after == "{2}"

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from stream_em.blas import OneBlasThread
+from stream_em.blas import MOST_UNSHARED_PRODUCTS, NOT_WORTH_SHARING, OneBlasThread
 from stream_em.families.base import Block, Family, FamilyError, Mask, Parts, feature_table
 from stream_em.numerics import (
     LARGEST_LOG_DENSITY,
@@ -513,8 +513,9 @@ class _Expectation:
         compiled = self._compiled_blocks(given, into, centers, own) if self.compiled or n_threads > 1 else None
         blocks = compiled or partial(self._blocks, size=size, given=given, into=into, centers=centers, own=own)
         if n_threads <= 1:
-            # NumPy's matrices are larger, and may well have the threads that BLAS has.
-            with OneBlasThread() if compiled else nullcontext():
+            n_products = self.theta.size * min(size, n_events)
+            alone = compiled or MOST_UNSHARED_PRODUCTS < n_products <= NOT_WORTH_SHARING
+            with OneBlasThread() if alone else nullcontext():
                 return blocks(0, n_events)
         # Ever smaller pieces, so that no thread waits long for another's last one.
         most = min(PIECES_PER_THREAD * n_threads, len(starts))

@@ -21,7 +21,7 @@ from stream_em.families import Gaussian
 from stream_em.families.gaussian import CovarianceType, GaussianParameters
 from stream_em.learners import FittedMixture, Iteration, OnlineEM
 from stream_em.models import Mixture, MixtureParameters
-from stream_em.numerics import LARGEST_VALUE, Array, cholesky
+from stream_em.numerics import LARGEST_VALUE, Array, cholesky, is_plain
 from stream_em.schema import Batch, Field, Schema
 from stream_em.sklearn.base import BaseMixture, check_given, check_listed, nearest
 from stream_em.sklearn.snapshots import default_names, over_one_gaussian
@@ -252,11 +252,8 @@ class GaussianMixture(BaseMixture):
         return Batch(values, self._schema(n_features))
 
     def _check_magnitude(self, matrix: npt.NDArray[Any]) -> None:
-        flat = matrix.ravel(order="K")
-        with np.errstate(over="ignore", invalid="ignore"):
-            # One pass tells that all is well.
-            if float(np.dot(flat, flat)) < LARGEST_VALUE:
-                return
+        if is_plain(matrix):
+            return
         largest = np.fmax.reduce(np.abs(matrix), axis=0)
         for name, magnitude in zip(self._names(matrix.shape[1]), largest.tolist()):
             if magnitude > LARGEST_VALUE:
