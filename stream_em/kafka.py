@@ -523,6 +523,7 @@ class TopicReader:
     """
 
     columnar = False
+    least_events = 0
     paths: Sequence[str] = ()
 
     def __init__(

@@ -30,6 +30,7 @@ from stream_em import (
 from stream_em.block_kernel import BlockKernel
 from stream_em.compiled_blocks import _accumulate, _project, compiled_step_block
 from stream_em.learners import online
+from stream_em.learners.online import WORTH_COMPILING
 from stream_em.models import mixture
 from stream_em.numerics import NumericalError
 from stream_em.schedules import StepSize
@@ -390,6 +391,16 @@ def test_what_has_no_compiled_step_takes_its_e_step_in_compiled_code(
     np.testing.assert_allclose(found.log_prob, wanted.log_prob, rtol=1e-9)
     np.testing.assert_allclose(found.responsibilities, wanted.responsibilities, atol=1e-9)
     assert_statistics_close(compiled.statistics, reference.statistics)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("n_events", "compiled"), [(WORTH_COMPILING * 50, True), (WORTH_COMPILING * 50 - 1, False)])
+def test_for_many_events_compiled_code_is_there_at_once(n_events: int, compiled: bool) -> None:
+    events = np.random.default_rng(0).normal(size=(1_500, 4)) + np.repeat([[0.0], [6.0], [0.0]], 500, axis=0)
+    learner, reference = (OnlineEM(Mixture(Gaussian(), 2), batch_size=50, warm_up=100) for _ in range(2))
+    learner.expect(n_events).update(events[:200])
+    assert (learner._kernel is not None) == compiled
+    learner.update(events[200:])
+    assert_statistics_close(learner.statistics, reference.update(events).statistics)  # type: ignore[arg-type]
 
 
 @pytest.mark.filterwarnings("error")

@@ -70,6 +70,22 @@ class TestChunks:
             assert events == wanted.drop_columns("bad").to_pylist(), name
             assert chunk.label.to_pylist() == wanted["bad"].to_pylist(), name
 
+    def test_the_first_parquet_file_says_how_many_events_there_are_at_least(self, tmp_path):
+        for name, n in [("a", 30), ("b", 500)]:
+            pq.write_table(table(n), tmp_path / f"{name}.parquet")
+        pa.csv.write_csv(table(30), tmp_path / "c.csv")
+        assert open_source(tmp_path / "*.parquet").least_events == 30
+        assert open_source(tmp_path / "*.parquet", limit=7).least_events == 7
+        assert open_source(tmp_path / "c.csv").least_events == 0
+
+    def test_a_source_that_is_given_up_reads_no_further(self, tmp_path):
+        pq.write_table(table(50), tmp_path / "a.parquet")
+        chunks = open_source(tmp_path / "a.parquet").chunks(8)
+        next(chunks)
+        before = threading.active_count()
+        chunks.close()
+        assert threading.active_count() == before - 1
+
     def test_a_source_can_be_read_again(self, tmp_path):
         pq.write_table(table(30), tmp_path / "a.parquet")
         source = open_source(tmp_path / "a.parquet")

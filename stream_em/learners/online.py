@@ -48,6 +48,8 @@ M_STEPS_NEED_EVENTS = "an M-step needs the statistics of an event"
 
 # Mini-batches, of a thousand events, after which compiled code would have saved about as long as it takes to load.
 COMPILE_AFTER = 4_000
+# From so many that are still to come on, it saves more than it takes to load.
+WORTH_COMPILING = 1_500
 Scored = list[tuple[Prediction, npt.NDArray[np.int64]]]
 """Predictions of the pieces of an update, with the ids of the components at the time."""
 
@@ -198,6 +200,7 @@ class OnlineEM(FittedMixture):
         self._known = State(iterate=initial_parameters)
         self._kernel: EventKernel | None = None
         self._compiles = True
+        self._compiles_at_once = False
         self._average = Average()
         self._buffer: list[Batch] = []
         self._unseen: tuple[int, ...] = ()
@@ -358,6 +361,27 @@ class OnlineEM(FittedMixture):
         if weight is None and time is None and self._learn_rows(events, keep=False) is not None:
             return self
         self._learn(self.encode(events, weight, time, extend=True), None)
+        return self
+
+    def expect(self, n_events: int) -> Self:
+        """Make ready for so many events, and return the learner.
+
+        For many mini-batches compiled code, where there is some, is loaded with the first of them, which takes about
+        half a second; else it is only after thousands, when it would have saved that much.
+
+        Parameters
+        ----------
+        n_events
+            Events that are still to come, at least.
+
+        Examples
+        --------
+        >>> from stream_em import Gaussian, Mixture, OnlineEM
+        >>> OnlineEM(Mixture(Gaussian(), 3)).expect(2_000_000).n_events
+        0
+
+        """
+        self._compiles_at_once = n_events >= WORTH_COMPILING * self.batch_size
         return self
 
     def kernel(self) -> EventKernel | None:
@@ -685,7 +709,9 @@ class OnlineEM(FittedMixture):
     def _step_compiled(self, piece: Batch, scored: Scored | None) -> bool:
         """Take the step in compiled code, where there is some; return whether it was taken."""
         # Loading it takes as long as many steps in NumPy.
-        if piece.observed is not None or (self._kernel is None and self._known.n_updates < COMPILE_AFTER):
+        if piece.observed is not None or (
+            self._kernel is None and not self._compiles_at_once and self._known.n_updates < COMPILE_AFTER
+        ):
             return False
         kernel = self._kernel_with("blocks", has_compiled_blocks)
         if kernel is None:

@@ -50,6 +50,7 @@ class CsvFiles:
     columnar = True
     restartable = True
     live = False
+    least_events = 0
 
     def __init__(self, name: str, paths: list[str], delimiter: str | None, quote: str | None) -> None:
         self.name = name
@@ -86,6 +87,7 @@ class CsvStream:
     columnar = True
     restartable = False
     live = True
+    least_events = 0
 
     def __init__(self, stream: ByteStream, delimiter: str | None, quote: str | None) -> None:
         self.name = stream.name

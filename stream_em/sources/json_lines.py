@@ -19,6 +19,7 @@ class JsonLines:
     """Files, or a stream that is handed on line by line as it comes."""
 
     columnar = False
+    least_events = 0
 
     def __init__(self, name: str, paths: list[str], stream: ByteStream | None = None) -> None:
         self.name = name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 from stream_em.columns import Roles
 from stream_em.sources.faults import SourceError, check_columns, different_columns, guarded, reading
 from stream_em.sources.files import files_after
-from stream_em.sources.pieces import Piece, Position
+from stream_em.sources.pieces import Piece, Position, ahead
 
 
 class ParquetFiles:
@@ -24,6 +25,12 @@ class ParquetFiles:
     def __init__(self, name: str, paths: list[str]) -> None:
         self.name = name
         self.paths: Sequence[str] = paths
+
+    @cached_property
+    def least_events(self) -> int:
+        """The events of the first file: others may come."""
+        with _open_parquet(self.paths[0]) as first:
+            return int(first.metadata.num_rows)
 
     def pieces(self, rows: int, roles: Roles, after: Position) -> Iterator[Piece]:  # noqa: D102 - as Reader's
         expected: pa.Schema | None = None
@@ -45,7 +52,7 @@ class ParquetFiles:
                 while groups and index + file.metadata.row_group(groups[0]).num_rows <= after.get("index", 0):
                     index += file.metadata.row_group(groups.pop(0)).num_rows
                 batches = file.iter_batches(batch_size=rows, row_groups=groups, columns=columns) if groups else iter(())
-                for batch in guarded(batches, path, "Parquet"):
+                for batch in guarded(ahead(batches), path, "Parquet"):
                     if columns is not None and not batch.schema.equals(expected):
                         batch = _cast_batch(batch, expected, path, self.paths[0])
                     if batch.num_rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -128,7 +129,7 @@ class Reader(Protocol):
 
     Attributes
     ----------
-    name, paths, columnar, restartable, live
+    name, paths, columnar, restartable, live, least_events
         As those of `Source`.
 
     """
@@ -138,6 +139,10 @@ class Reader(Protocol):
     columnar: bool
     restartable: bool
     live: bool
+
+    @property
+    def least_events(self) -> int:
+        """As that of `Source`."""
 
     def pieces(self, rows: int, roles: Roles, after: Position) -> Iterator[Piece]:
         """Yield all events after a position: the `end` of an earlier piece with the `index` of the next event.
@@ -195,3 +200,12 @@ def grouped(items: Iterable[Item], size: int, start: int = 0) -> Iterator[list[I
         raise
     if group:
         yield group
+
+
+def ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, the next of which another thread gets meanwhile."""
+    with ThreadPoolExecutor(1) as other:
+        coming = other.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = other.submit(next, items, None)
+            yield item

@@ -28,6 +28,7 @@ class RiverDataset:
     columnar = False
     restartable = True
     live = False
+    least_events = 0
     paths: Sequence[str] = ()
 
     def __init__(self, dataset: str, label: str) -> None:

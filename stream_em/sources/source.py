@@ -138,6 +138,9 @@ class Source:
         Whether `chunks` can be called again; standard input cannot.
     live
         Whether events may be slow to come, so that chunks should not be larger than needed.
+    least_events
+        How many events there are at least, as far as that is known before they are read. It is the same however many
+        files come after the first.
 
     """
 
@@ -157,6 +160,11 @@ class Source:
 
     def __repr__(self) -> str:
         return f"Source({self.name!r})"
+
+    @property
+    def least_events(self) -> int:  # noqa: D102 - among the attributes above
+        least = self._reader.least_events
+        return least if self._limit is None else min(least, self._limit)
 
     def chunks(self, rows: int = 65_536, after: Position | None = None) -> Iterator[Chunk]:
         """Read the events, from the first or from a position, in chunks that end at every `rows` events.
