@@ -33,9 +33,10 @@ from stream_em.beam.survey import infer_schema
 from stream_em.beam.writing import WriteRejected
 from stream_em.cli.build import make_model, make_schema, make_source
 from stream_em.cli.checkpoints import refuse_unfinished_run
-from stream_em.cli.common import DataError, draw_learner, load_plots, tell_fields
+from stream_em.cli.common import DataError, tell_fields
 from stream_em.cli.config import Config, ConfigError, SourceSection, load_config
 from stream_em.cli.display import component_table, counted, say
+from stream_em.cli.drawing import Illustrator, load_plots
 from stream_em.columns import Roles, seconds_of
 from stream_em.sources import SourceError
 
@@ -381,7 +382,7 @@ def refit(
         save(fitted, folder / output.snapshot, metadata={"source": config.source.river or config.source.path})
         written.append(folder / output.snapshot)
     if output.picture is not None:
-        draw_learner(fitted, folder / output.picture)
+        Illustrator().draw(folder / output.picture, "plot_learner", fitted)
         written.append(folder / output.picture)
     FileSystems.delete([working])
     ending = "converged" if fitted.converged else "stopped before it converged: raise learner.max_iter"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from importlib.util import find_spec
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from stream_em.cli.config import Config, ConfigError
 from stream_em.cli.display import component_table, counted, say
 from stream_em.cli.outputs import (
     Committed,
-    PendingFile,
     Quarantine,
     ScoredEvents,
     ScoredRows,
@@ -259,30 +257,6 @@ def load_learner(path: Path) -> OnlineEM | BatchEM:
     if not path.exists():
         raise DataError(f"{path}: there is no such file; a snapshot is what run, fit and merge write")
     return load(path)
-
-
-def load_plots() -> Any:
-    """Return the module that draws, or say what it needs."""
-    if find_spec("matplotlib") is None:
-        raise DataError("a picture needs matplotlib: pip install 'stream-em[plots]', or set output.picture=null")
-    from stream_em import plots
-
-    return plots
-
-
-def draw(path: Path, draw_to: Callable[[Path], Any]) -> None:
-    """Write a picture, all or nothing."""
-    file = PendingFile(path)
-    try:
-        draw_to(file.pending)
-        file.publish()
-    finally:
-        file.discard()
-
-
-def draw_learner(learner: OnlineEM | BatchEM, path: Path) -> None:
-    """Write a picture of the components."""
-    draw(path, lambda pending: load_plots().plot_learner(learner, pending))
 
 
 def nothing_usable(source: Source, quarantine: Quarantine) -> DataError:

@@ -17,7 +17,6 @@ from stream_em.cli.common import (
     Answers,
     DataError,
     accepted_rows,
-    draw_learner,
     encode,
     explain,
     list_files,
@@ -34,6 +33,7 @@ from stream_em.cli.common import (
 )
 from stream_em.cli.config import Config
 from stream_em.cli.display import Progress, counted, say
+from stream_em.cli.drawing import Illustrator
 from stream_em.cli.outputs import Quarantine, only_writer
 from stream_em.cli.ranking import LabelledRanking
 from stream_em.cli.stopping import StopRequest, signal_name
@@ -56,6 +56,7 @@ def fit(config: Config, console: Console, *, read: Sequence[Path] = ()) -> None:
         )
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
+        illustrator = stack.enter_context(Illustrator())
         if output.snapshot is not None:
             stack.enter_context(only_writer(folder / output.snapshot))
         refuse_unfinished_run(config)
@@ -80,6 +81,8 @@ def fit(config: Config, console: Console, *, read: Sequence[Path] = ()) -> None:
                 for chunk in source.chunks(rows):
                     if stop.requested:
                         raise KeyboardInterrupt
+                    if output.picture is not None:
+                        illustrator.prepare(chunk, source)
                     if first is not None:
                         set_aside(chunk.rejected, first, config)
                     if not len(chunk):
@@ -109,7 +112,7 @@ def fit(config: Config, console: Console, *, read: Sequence[Path] = ()) -> None:
                         batch = encode(fitted, chunk, config, learning=False)
                         ranking.add(chunk.label, accepted_rows(batch), fitted.log_prob(batch))
         if output.picture is not None:
-            draw_learner(fitted, folder / output.picture)
+            illustrator.draw(folder / output.picture, "plot_learner", fitted)
             written.append(folder / output.picture)
     n_iterations = len(fitted.history)
     of_start = f" of the best of {config.learner.n_init} starts" if config.learner.n_init > 1 else ""

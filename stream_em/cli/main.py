@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import os
 import sys
@@ -48,9 +50,9 @@ from stream_em import (
     save,
 )
 from stream_em.cli import jobs
-from stream_em.cli.common import DataError, draw_learner, load_learner
+from stream_em.cli.common import DataError, load_learner
 from stream_em.cli.display import component_table, counted, facts_table, say
-from stream_em.cli.monitoring import Monitor, json_log, served
+from stream_em.cli.drawing import Illustrator
 from stream_em.cli.outputs import OutputError
 from stream_em.cli.run import run as run_job
 from stream_em.sources import SourceError, same_file
@@ -226,15 +228,19 @@ def run(
     stopped, or killed at any moment, goes on where it was when the same command is started again. A run that came to
     its end starts anew, and replaces what it wrote.
     """
-    monitor = Monitor(stall_after)
     with ExitStack() as stack:
-        console = Console()
+        console, monitor = Console(), None
+        if log_format is LogFormat.json or metrics_port is not None:
+            # Not for a job that nobody watches: a server takes a while to import.
+            from stream_em.cli.monitoring import Monitor, json_log, served
+
+            monitor = Monitor(stall_after)
         if log_format is LogFormat.json:
             console = Console(quiet=True, force_terminal=False)
             stack.enter_context(json_log(sys.stderr))
             stack.enter_context(_failure_logged())
         job = load_config(config, overrides or [])
-        if metrics_port is not None:
+        if monitor is not None and metrics_port is not None:
             stack.enter_context(served(monitor, metrics_host, metrics_port))
         _leave(run_job(job, console, read=[config], fresh=fresh, observer=monitor))
 
@@ -358,7 +364,7 @@ def plot(
         raise ConfigError(f"--output {path}: expected a name ending in {LISTED_PICTURES}")
     if same_file(path, snapshot):
         raise ConfigError(f"{path}: is the snapshot and would be overwritten; name the picture with --output")
-    draw_learner(learner, path)
+    Illustrator().draw(path, "plot_learner", learner)
     say(Console(), f"wrote {path}")
 
 
@@ -474,6 +480,8 @@ def run_program(program: Callable[[], object]) -> None:
     0: done. 1: the data cannot be used. 2: the command line or the configuration cannot. 130 or 143: stopped by Ctrl-C
     or SIGTERM before that.
     """
+    # Else Python, on its way out, looks through all that was loaded for what can be collected, for up to half a second.
+    atexit.register(gc.freeze)
     try:
         program()
     except BrokenPipeError:

@@ -23,11 +23,9 @@ from stream_em.cli.checkpoints import Checkpoint, check_same_job, forget_unfinis
 from stream_em.cli.common import (
     Answers,
     DataError,
-    draw,
     encode,
     explain,
     list_files,
-    load_plots,
     nothing_usable,
     open_job_source,
     open_scored_events,
@@ -38,6 +36,7 @@ from stream_em.cli.common import (
 )
 from stream_em.cli.config import Config
 from stream_em.cli.display import Progress, counted, say
+from stream_em.cli.drawing import Illustrator, load_plots
 from stream_em.cli.history import History
 from stream_em.cli.outputs import Output, Quarantine, ScoreSink, is_pending, only_writer
 from stream_em.cli.ranking import LabelledRanking
@@ -110,7 +109,8 @@ def run(
         with ExitStack() as stack:
             if output.snapshot is not None:
                 stack.enter_context(only_writer(Path(output.folder, output.snapshot)))
-            job = stack.enter_context(_Run(config, source, console, fresh=fresh, observer=observer))
+            illustrator = stack.enter_context(Illustrator())
+            job = stack.enter_context(_Run(config, source, console, illustrator, fresh=fresh, observer=observer))
             progress = stack.enter_context(Progress(console, n_before=job.n_events))
             job.learn(stop, progress)
             seconds = progress.seconds
@@ -127,11 +127,19 @@ class _Run:
     """
 
     def __init__(
-        self, config: Config, source: Source, console: Console, *, fresh: bool, observer: Observer | None
+        self,
+        config: Config,
+        source: Source,
+        console: Console,
+        illustrator: Illustrator,
+        *,
+        fresh: bool,
+        observer: Observer | None,
     ) -> None:
         self._config = config
         self._source = source
         self._console = console
+        self._illustrator = illustrator
         self._fresh = fresh
         self._observer = observer
         self._folder = Path(config.output.folder)
@@ -184,6 +192,7 @@ class _Run:
         self._open_topic(checkpoint)
         self._learner = learner
         if learner is not None:
+            self._made_ready(learner)
             self._open_sinks(learner, checkpoint)
         fields = {"source": self._source.name, "n_events": self.n_events}
         _log.info("started" if checkpoint is None else "resumed", extra={"fields": fields})
@@ -228,6 +237,8 @@ class _Run:
     def learn(self, stop: StopRequest, progress: Progress) -> None:
         """Score and learn the events that are left, until a stop is requested."""
         for chunk in stop.until(self._source, self._rows, self.position):
+            if self._config.output.picture is not None:
+                self._illustrator.prepare(chunk, self._source)
             self._learn_chunk(chunk, stop, progress)
             if not stop.requested and self._is_due(chunk):
                 self._make_checkpoint()
@@ -250,7 +261,7 @@ class _Run:
             schema = make_schema(self._config, chunk.events)
             tell_fields(self._console, schema)
             tell_likely_ids(self._console, schema, chunk.events, self._config)
-            learner = self._learner = make_online(self._config, schema)
+            learner = self._learner = self._made_ready(make_online(self._config, schema))
             self._open_sinks(learner, None)
         if learner is None:
             self._set_aside(chunk.rejected)
@@ -306,7 +317,11 @@ class _Run:
         if self._snapshot_path is None or self._learner is None:
             return
         self._save(finished=False)
-        self._learner = _load(self._snapshot_path)
+        self._learner = self._made_ready(_load(self._snapshot_path))
+
+    def _made_ready(self, learner: OnlineEM) -> OnlineEM:
+        # Not for what is left of the source: a run that goes on learns exactly as one that was not disturbed.
+        return learner.expect(self._source.least_events)
 
     def _save(self, *, finished: bool) -> None:
         if self._snapshot_path is None or self._learner is None:
@@ -348,16 +363,17 @@ class _Run:
         except NotFittedError as error:
             # All events were without weight.
             raise nothing_usable(self._source, self._quarantine) from error
-        for output in self._outputs:
-            output.publish()
-        self._outputs = []
-        if not self.stopped_by:
-            self._save(finished=True)
-            self._can_go_on = False
         picture = self._config.output.picture
-        if picture is not None:
-            points = self._history.points()
-            draw(self._folder / picture, lambda path: load_plots().plot_run(learner, points, path))
+        with ExitStack() as stack:
+            if picture is not None:
+                points = self._history.points()
+                stack.enter_context(self._illustrator.drawing(self._folder / picture, "plot_run", learner, points))
+            for output in self._outputs:
+                output.publish()
+            self._outputs = []
+            if not self.stopped_by:
+                self._save(finished=True)
+                self._can_go_on = False
 
     def report(self, seconds: float) -> None:
         """Say how it went."""
