@@ -53,7 +53,7 @@ class Command:
             while process.poll() is None:
                 self.peak = max(self.peak, resident(process.pid))
                 # Often enough to see it grow, too seldom to hold it up.
-                time.sleep(0.02)
+                time.sleep(0.05)
             assert process.stderr is not None
             told = process.stderr.read()
         if process.returncode != 0:
@@ -61,14 +61,14 @@ class Command:
 
 
 def resident(process: int) -> float:
-    """Memory of a process and of those that it has started, in MB; what they share counts for each."""
+    """Memory of a process and of those that it has started, in MB; what some share counts once."""
     try:
-        status = Path(f"/proc/{process}/status").read_text()
+        memory = Path(f"/proc/{process}/smaps_rollup").read_text()
         children = Path(f"/proc/{process}/task/{process}/children").read_text()
     except OSError:
         # It has ended.
         return 0.0
-    kilobytes = [int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")]
+    kilobytes = [int(line.split()[1]) for line in memory.splitlines() if line.startswith("Pss:")]
     return sum(kilobytes) / 1024 + sum(resident(int(child)) for child in children.split())
 
 
@@ -148,7 +148,7 @@ def run() -> list[Table]:
             "two columns of scores, with the same settings; in turn, once before for the caches, medians of "
             f"{' and '.join(map(str, SIZES.values()))}. `fit` writes no rows: it reads them twice, to settle the "
             "schema and draw the seeding sample, and for the iteration; what that alone takes stands beside it. "
-            "Memory is that of all processes of the command together, looked at fifty times a second.",
+            "Memory is that of all processes of the command together, looked at twenty times a second.",
             ("command", "rows", "s", "PyArrow alone, s", "ratio", "reading twice alone, s", "peak MB", "target"),
             rows,
         )

@@ -360,6 +360,13 @@ class EventKernel:
         """Whether events were learned since the state was packed or collected last."""
         return self.n_events != self._n_collected
 
+    @property
+    def mixing_weights(self) -> Array:
+        """Mixing weights (K,) after the events learned."""
+        weights = self.vector[compiled.SCALE] * self._weights + self.model.prior_weight
+        shares: Array = weights / np.add.reduce(weights)
+        return shares
+
     def collect(self) -> State:
         """Return what was learned so far, in arrays of its own."""
         state = self._unpack()
@@ -395,10 +402,9 @@ class EventKernel:
             parts = {name: parts[name] for name in order}
         else:
             (components,) = parameters.values()
-        weights = scale * self._weights + self.model.prior_weight
         return State(
             Statistics(parts, log_likelihood, self.component_ids),
-            MixtureParameters(weights / np.add.reduce(weights), components, self.component_ids),
+            MixtureParameters(self.mixing_weights, components, self.component_ids),
             int(vector[compiled.N_EVENTS]),
             float(vector[compiled.TOTAL_WEIGHT]),
             int(vector[compiled.N_UPDATES]),

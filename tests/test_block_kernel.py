@@ -393,6 +393,17 @@ def test_what_has_no_compiled_step_takes_its_e_step_in_compiled_code(
     assert_statistics_close(compiled.statistics, reference.statistics)  # type: ignore[arg-type]
 
 
+def test_weights_are_told_without_working_out_the_other_parameters() -> None:
+    learner = ready("full")
+    assert blocks_of(learner)
+    learner.update(draw(500, 3))
+    weights = learner.weights
+    assert learner._kernel is not None
+    assert learner._kernel.ahead
+    np.testing.assert_array_equal(weights, learner.parameters.weights)
+    np.testing.assert_array_equal(learner.weights, weights)
+
+
 @pytest.mark.parametrize(("n_events", "compiled"), [(WORTH_COMPILING * 50, True), (WORTH_COMPILING * 50 - 1, False)])
 def test_for_many_events_compiled_code_is_there_at_once(n_events: int, compiled: bool) -> None:
     events = np.random.default_rng(0).normal(size=(1_500, 4)) + np.repeat([[0.0], [6.0], [0.0]], 500, axis=0)

@@ -110,6 +110,8 @@ class Illustrator:
     def _answer(self) -> bytes | None:
         if self._other is None or self._other.stdout is None:
             return None
-        with self._other.stdout as answer:
-            picture = answer.read()
-        return picture if self._other.wait() == 0 else None
+        try:
+            picture: bytes | None = pickle.load(self._other.stdout)
+        except (EOFError, pickle.UnpicklingError):
+            return None
+        return picture

@@ -66,8 +66,7 @@ class History:
         self._open = (self._open[0] + total, self._open[1] + len(log_prob))
         self._n_batches += 1
         if self._n_batches % self._stride == 0:
-            parameters = learner.parameters
-            weights = dict(zip(parameters.component_ids.tolist(), parameters.weights.tolist()))
+            weights = dict(zip(learner.component_ids.tolist(), learner.weights.tolist()))
             self._points.append((n_events, *self._open, weights))
             self._open = (0.0, 0)
             if len(self._points) >= _MOST_POINTS:

@@ -111,9 +111,8 @@ class Monitor(Collector):
             if event_time is not None:
                 self._event_time = float(event_time.max())
             if learner.n_events and (now - self._marks[-1][0] >= 1.0 or not self._weights):
-                # Nobody asks more often, and to look at parameters is work for a learner.
-                weights = np.asarray(learner.parameters.weights)
-                self._weights = dict(zip(learner.parameters.component_ids.tolist(), weights.tolist()))
+                # Nobody asks more often.
+                self._weights = dict(zip(learner.component_ids.tolist(), learner.weights.tolist()))
                 self._marks.append((now, self._n_events))
                 while now - self._marks[1][0] >= _RATE_SECONDS:
                     self._marks.popleft()

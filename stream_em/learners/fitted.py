@@ -102,6 +102,11 @@ class FittedMixture:
         return self._parameters
 
     @property
+    def weights(self) -> Array:
+        """Mixing weights (K,) of the components, as `parameters` has them."""
+        return self.parameters.weights
+
+    @property
     def component_ids(self) -> npt.NDArray[np.int64]:
         """Ids (K,) of the components, in the order in which predictions have them."""
         return self.parameters.component_ids

@@ -276,6 +276,11 @@ class OnlineEM(FittedMixture):
         return self._state.statistics
 
     @property
+    def weights(self) -> Array:  # noqa: D102 - inherited
+        # All other parameters need not be brought up to date for it.
+        return super().weights if self._kernel is None else self._kernel.mixing_weights
+
+    @property
     def n_ahead(self) -> int:
         """Events dated so far ahead that `HalfLife` with `max_ahead` did not believe it."""
         return self._clock.n_ahead
@@ -471,7 +476,8 @@ class OnlineEM(FittedMixture):
     @property
     def component_ids(self) -> npt.NDArray[np.int64]:
         """Ids (K,) of the components, in the order in which predictions have them; known before any event is."""
-        iterate = self._state.iterate
+        # Events that compiled code has learned meanwhile have changed none.
+        iterate = self._known.iterate
         return np.arange(self.model.n_components) if iterate is None else iterate.component_ids
 
     def _warm_up_posterior(self, batch: Batch) -> Posterior:
