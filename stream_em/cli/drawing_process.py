@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import signal
 import sys
@@ -18,6 +19,19 @@ def main() -> None:
     """Draw the picture that standard input asks for, and write its bytes to standard output, or None: both pickled."""
     # That ends the process.
     signal.alarm(PATIENCE)
+    picture = None
+    # Whoever asked draws what fails, too, and says what is wrong.
+    with suppress(Exception):
+        picture = _asked_for()
+    try:
+        pickle.dump(picture, sys.stdout.buffer)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever asked is gone, and Python must not try again on its way out.
+        os._exit(1)
+
+
+def _asked_for() -> bytes:
     from matplotlib.figure import Figure
 
     from stream_em import plots
@@ -26,17 +40,9 @@ def main() -> None:
     first = Figure()
     first.add_subplot(title="first").plot([0.0, 1.0])
     first.savefig(BytesIO())
-    try:
-        suffix, plot, *arguments = pickle.load(sys.stdin.buffer)
-    except (EOFError, pickle.UnpicklingError):
-        # Whoever might have asked is gone.
-        return
+    suffix, plot, *arguments = pickle.load(sys.stdin.buffer)
     signal.alarm(0)
-    picture = None
     with TemporaryDirectory() as folder:
         path = Path(folder, f"picture{suffix}")
-        # Whoever asked draws what fails, too, and says what is wrong.
-        with suppress(Exception):
-            getattr(plots, plot)(*arguments, path)
-            picture = path.read_bytes()
-    pickle.dump(picture, sys.stdout.buffer)
+        getattr(plots, plot)(*arguments, path)
+        return path.read_bytes()

@@ -1,6 +1,7 @@
 """Pictures that another process draws, which may fail, be killed, or be left alone at any moment."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -92,15 +93,19 @@ def test_none_is_started_for_a_source_of_one_chunk(source):
         assert illustrator._other is None
 
 
-def test_it_ends_with_the_job(source, tmp_path):
+@pytest.mark.parametrize("asked", [False, True])
+def test_it_ends_with_the_job_and_says_nothing(source, learner, tmp_path, asked):
+    (tmp_path / "order").write_bytes(pickle.dumps((".png", "plot_learner", learner)))
     program = (
-        "import sys, time; from stream_em.cli.drawing import Illustrator; from stream_em.sources import open_source\n"
+        "import pickle, sys, time\n"
+        "from stream_em.cli.drawing import Illustrator; from stream_em.sources import open_source\n"
         "illustrator, source = Illustrator(), open_source(sys.argv[1])\n"
         "illustrator.prepare(next(source.chunks(100)), source)\n"
+        "if sys.argv[2] == 'True': illustrator._tell(pickle.load(open('order', 'rb')))\n"
         "print(illustrator._other is not None, flush=True); time.sleep(60)"
     )
-    command = [sys.executable, "-c", program, source.paths[0]]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+    command = [sys.executable, "-c", program, source.paths[0], str(asked)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as job:
         assert job.stdout.readline() == "True\n"
         job.kill()
         # Both have it, and its end comes when neither has it any more.
