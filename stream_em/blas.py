@@ -63,11 +63,14 @@ def _lower() -> None:
     for library in _libraries():
         n_threads = library.num_threads
         if n_threads > 1:
+            earlier = _before.get(library)
             _before[library] = n_threads
             _set_threads(library, 1)
             if library.num_threads > 1:
                 # Another thread of the program decides.
                 del _before[library]
+                if earlier is not None:
+                    _before[library] = earlier
 
 
 def _restore() -> None:

@@ -49,9 +49,10 @@ class Illustrator:
         self._stop()
 
     def _stop(self) -> None:
-        if self._other is not None:
-            with self._other:
-                self._other.kill()
+        other, self._other = self._other, None
+        if other is not None:
+            with other:
+                other.kill()
 
     def prepare(self, chunk: Chunk, source: Source) -> None:
         """Get ready for a picture, if a chunk is not the only one of its source."""
@@ -63,7 +64,11 @@ class Illustrator:
         with suppress(OSError):
             # Ctrl-C is for this process, which decides whether there is still something to draw.
             self._other = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
             )
 
     def draw(self, path: Path, plot: Plot, learner: OnlineEM | BatchEM, *more: Any) -> None:
@@ -103,8 +108,8 @@ class Illustrator:
 
     def _tell(self, order: tuple[Any, ...]) -> None:
         if self._other is not None and self._other.stdin is not None:
-            # It may be gone.
-            with suppress(BrokenPipeError), self._other.stdin as orders:
+            # It may be gone; nothing about a picture keeps the rest of a job from being written.
+            with suppress(Exception), self._other.stdin as orders:
                 pickle.dump(order, orders)
 
     def _answer(self) -> bytes | None:
@@ -112,6 +117,7 @@ class Illustrator:
             return None
         try:
             picture: bytes | None = pickle.load(self._other.stdout)
-        except (EOFError, pickle.UnpicklingError):
+        except Exception:
+            # It is gone, or something else wrote there: what is read may be anything.
             return None
         return picture

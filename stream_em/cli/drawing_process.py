@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 import sys
+import warnings
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
@@ -20,7 +21,8 @@ def main() -> None:
     # That ends the process.
     signal.alarm(PATIENCE)
     picture = None
-    # Whoever asked draws what fails, too, and says what is wrong.
+    # Whoever asked draws what fails, or gives a warning, too, and says what is wrong.
+    warnings.simplefilter("error", UserWarning)
     with suppress(Exception):
         picture = _asked_for()
     try:

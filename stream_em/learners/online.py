@@ -386,6 +386,7 @@ class OnlineEM(FittedMixture):
         0
 
         """
+        check_whole(least=0, n_events=n_events)
         self._compiles_at_once = n_events >= WORTH_COMPILING * self.batch_size
         return self
 
