@@ -22,6 +22,7 @@ from stream_em import load
 from stream_em.cli.config import load_config
 from stream_em.cli.run import run
 from stream_em.learners.online import COMPILE_AFTER, WORTH_COMPILING
+from stream_em.sources import open_source
 
 N_EVENTS = 2_400
 
@@ -170,17 +171,22 @@ class TestKilled:
         assert differences(tmp_path / "output", tmp_path / "undisturbed") == []
 
     # The code is loaded after thousands of mini-batches, or with the first where the file says that many will come.
-    @pytest.mark.parametrize(("kind", "n_updates"), [("csv", COMPILE_AFTER + 500), ("parquet", WORTH_COMPILING)])
-    def test_where_compiled_code_learns(self, stream_em, tmp_path, kind, n_updates):
+    @pytest.mark.parametrize(
+        ("kind", "compiled_after", "checkpoint"), [("csv", COMPILE_AFTER, "[78]"), ("parquet", 0, "[23]")]
+    )
+    def test_where_compiled_code_learns(self, stream_em, tmp_path, kind, compiled_after, checkpoint):
         pytest.importorskip("numba")
         options = ["learner.batch_size=2", "source.exclude=[c]", "output.checkpoint_every=1000"]
         write_job(tmp_path, kind)
+        path = tmp_path / f"events.{kind}"
         write = pq.write_table if kind == "parquet" else pa_csv.write_csv
-        write(events(2 * n_updates), tmp_path / f"events.{kind}")
+        write(events(2 * (compiled_after or WORTH_COMPILING) + 1_000), path)
+        assert (open_source(str(path)).least_events > 2 * WORTH_COMPILING) == (compiled_after == 0)
         calls = undisturbed(stream_em, tmp_path, *options).calls
+        assert load(tmp_path / "undisturbed" / "model.arrow")._state.n_updates > compiled_after + 10
         assert stream_em("run", "job.yaml", *options, cwd=tmp_path, at_call=calls - 10).killed
         end = stream_em("run", "job.yaml", *options, cwd=tmp_path)
-        assert re.match(r"going on after [289],000 events", end.text)
+        assert re.match(f"going on after {checkpoint},000 events", end.text)
         assert differences(tmp_path / "output", tmp_path / "undisturbed") == []
 
     def test_over_a_river_data_set(self, stream_em, tmp_path):
