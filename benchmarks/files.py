@@ -61,7 +61,7 @@ class Command:
 
 
 def resident(process: int) -> float:
-    """Memory of a process and of those that it has started, in MB; what some share counts once."""
+    """Memory of a process and of those that it has started, in MB; what is shared is divided among all that have it."""
     try:
         memory = Path(f"/proc/{process}/smaps_rollup").read_text()
         children = Path(f"/proc/{process}/task/{process}/children").read_text()

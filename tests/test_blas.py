@@ -64,6 +64,27 @@ with OneBlasThread():
 print(threads())
 done.set()
 """,
+    "a limit that is refused": """
+first, second = OneBlasThread(), OneBlasThread()
+first.__enter__()
+limited, refused = threading.Event(), threading.Event()
+
+def limit():
+    with threadpool_limits(3, user_api="blas"):
+        limited.set()
+        refused.wait(60)
+
+other = threading.Thread(target=limit)
+other.start()
+limited.wait(60)
+second.__enter__()
+refused.set()
+other.join()
+print(threads())
+second.__exit__()
+first.__exit__()
+print(threads())
+""",
     "an interrupt on leaving": """
 import signal
 from stream_em import blas

@@ -278,7 +278,8 @@ class OnlineEM(FittedMixture):
     @property
     def weights(self) -> Array:  # noqa: D102 - inherited
         # All other parameters need not be brought up to date for it.
-        return super().weights if self._kernel is None else self._kernel.mixing_weights
+        kernel = self._kernel
+        return kernel.mixing_weights if kernel is not None and kernel.ahead else super().weights
 
     @property
     def n_ahead(self) -> int:
