@@ -62,6 +62,9 @@ SMALLEST_CHANCE, LARGEST_CHANCE = Bernoulli.mean_range
 SMALLEST_RATE, LARGEST_RATE = Poisson.mean_range
 SMALLEST_DURATION, LARGEST_DURATION = Exponential.mean_range
 
+LN2_HIGH, LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
+SQRT_HALF_BITS = int(np.float64(0.5**0.5).view(np.int64))
+
 # Positions are unsigned, so that no access has to look for a negative index.
 at = np.uint64
 
@@ -99,6 +102,36 @@ def compiled_in_order(function: Function) -> Function:
 def entry(function: Function) -> Any:
     """Compile a function that Python calls."""
     return _compile(function)
+
+
+@compiled_in_order
+def take_logarithm(values: Array) -> None:
+    """Replace normal values > 0 by their logarithms, without a call for each.
+
+    With v = 2^k m and m in [sqrt(1/2), sqrt(2)), log(m) = 2 artanh((m - 1) / (m + 1)), whose series is exact to
+    rounding at the 21st power.
+    """
+    bits = values.view(np.int64)
+    for i in range(len(values)):
+        # The bits from that of sqrt(1/2) on count up to the next power of two there.
+        above = bits[i] - SQRT_HALF_BITS
+        k = above >> 52
+        bits[i] -= k << 52
+        mantissa = values[i]
+        t = (mantissa - 1.0) / (mantissa + 1.0)
+        square = t * t
+        series = 1.0 / 21.0
+        series = series * square + 1.0 / 19.0
+        series = series * square + 1.0 / 17.0
+        series = series * square + 1.0 / 15.0
+        series = series * square + 1.0 / 13.0
+        series = series * square + 1.0 / 11.0
+        series = series * square + 1.0 / 9.0
+        series = series * square + 1.0 / 7.0
+        series = series * square + 1.0 / 5.0
+        series = series * square + 1.0 / 3.0
+        log_mantissa = 2.0 * (t + t * (square * series))
+        values[i] = k * LN2_HIGH + (k * LN2_LOW + log_mantissa)
 
 
 @compiled
@@ -575,14 +608,18 @@ def _pool_joint(state: Array, row: int) -> None:
 
 
 @compiled
-def _pooled_variance(state: Array, row: int, field: int) -> float:
-    mean = state[at(int(state[row + POOLED_MEAN]) + field)]
-    weight = max(state[at(int(state[row + POOLED_WEIGHT]) + field)], SMALLEST_WEIGHT)
-    variance = state[at(int(state[row + POOLED_SCATTER]) + field)] / weight
-    if variance <= max(ROUNDING_OF_SQUARES * mean * mean, SMALLEST_VARIANCE):
-        unit = mean if abs(mean) > math.sqrt(SMALLEST_VARIANCE) else 1.0
-        return (CONSTANT_DEVIATION * unit) ** 2
-    return variance
+def _write_pooled_variances(state: Array, row: int) -> None:
+    """Write the variance of each field over all events behind the place for deviations."""
+    size = int(state[row + SIZE])
+    pooled_weight, pooled_mean = int(state[row + POOLED_WEIGHT]), int(state[row + POOLED_MEAN])
+    pooled_scatter, variances = int(state[row + POOLED_SCATTER]), int(state[WORK]) + size
+    for i in range(size):
+        mean = state[at(pooled_mean + i)]
+        variance = state[at(pooled_scatter + i)] / max(state[at(pooled_weight + i)], SMALLEST_WEIGHT)
+        if variance <= max(ROUNDING_OF_SQUARES * mean * mean, SMALLEST_VARIANCE):
+            unit = mean if abs(mean) > math.sqrt(SMALLEST_VARIANCE) else 1.0
+            variance = (CONSTANT_DEVIATION * unit) ** 2
+        state[at(variances + i)] = variance
 
 
 @compiled
@@ -591,7 +628,7 @@ def _maximize_full(state: Array, row: int, component: int, pseudo: float) -> boo
     deviation, start = int(state[WORK]), component * size
     mean, location = int(state[row + MEAN]) + start, int(state[row + LOCATION]) + start
     scatter, spread = int(state[row + SCATTER]) + start * size, int(state[row + SPREAD]) + start * size
-    pooled_mean = int(state[row + POOLED_MEAN])
+    pooled_mean, variances = int(state[row + POOLED_MEAN]), deviation + size
     weight = state[at(int(state[WEIGHTS]) + component)]
     inverse = 1.0 / (weight + pseudo)
     share = weight * inverse
@@ -603,9 +640,7 @@ def _maximize_full(state: Array, row: int, component: int, pseudo: float) -> boo
         for j in range(i + 1):
             place = i * size + j
             state[at(spread + place)] = (state[at(scatter + place)] + between * state[at(deviation + j)]) * inverse
-        state[at(spread + i * size + i)] += (
-            pseudo * _pooled_variance(state, row, i) * inverse + state[row + REGULARIZATION]
-        )
+        state[at(spread + i * size + i)] += pseudo * state[at(variances + i)] * inverse + state[row + REGULARIZATION]
     return _prepare_joint(state, row, component)
 
 
@@ -621,7 +656,7 @@ def _maximize_tied(state: Array, row: int, pseudo: float, everything: bool) -> b
     for i in range(size):
         for j in range(i + 1):
             state[at(spread + i * size + j)] = state[at(scatter + i * size + j)]
-        state[at(spread + i * size + i)] += n_components * pseudo * _pooled_variance(state, row, i)
+        state[at(spread + i * size + i)] += n_components * pseudo * state[at(deviation + size + i)]
     for component in range(n_components):
         start = component * size
         mean, location = int(state[row + MEAN]) + start, int(state[row + LOCATION]) + start
@@ -649,20 +684,25 @@ def _maximize_separate(state: Array, row: int, component: int, pseudo: float) ->
     own_weight, mean = int(state[row + WEIGHT]) + start, int(state[row + MEAN]) + start
     scatter, location = int(state[row + SCATTER]) + start, int(state[row + LOCATION]) + start
     spread, pooled_mean = int(state[row + SPREAD]) + start, int(state[row + POOLED_MEAN])
+    variances, regularization = int(state[WORK]) + size, state[row + REGULARIZATION]
+    # Loops that write one array each are vectorised, since few places have to be told apart.
+    for i in range(size):
+        weight = state[at(own_weight + i)]
+        deviation = state[at(mean + i)] - state[at(pooled_mean + i)]
+        state[at(location + i)] = state[at(pooled_mean + i)] + weight / (weight + pseudo) * deviation
     all_scatter, all_weight = 0.0, 0.0
     for i in range(size):
         weight = state[at(own_weight + i)]
-        total = weight + pseudo
-        share = weight / total
+        inverse = 1.0 / (weight + pseudo)
         deviation = state[at(mean + i)] - state[at(pooled_mean + i)]
-        state[at(location + i)] = state[at(pooled_mean + i)] + share * deviation
-        completed = state[at(scatter + i)] + pseudo * (_pooled_variance(state, row, i) + share * deviation * deviation)
+        completed = state[at(variances + i)] + weight * inverse * deviation * deviation
+        completed = state[at(scatter + i)] + pseudo * completed
         all_scatter += completed
-        all_weight += total
-        state[at(spread + i)] = completed / total + state[row + REGULARIZATION]
+        all_weight += weight + pseudo
+        state[at(spread + i)] = completed * inverse + regularization
     if int(state[row + KIND]) == SPHERICAL:
         for i in range(size):
-            state[at(spread + i)] = all_scatter / all_weight + state[row + REGULARIZATION]
+            state[at(spread + i)] = all_scatter / all_weight + regularization
     _prepare_separate(state, row, component)
 
 
@@ -738,7 +778,12 @@ def _prepare_separate(state: Array, row: int, component: int) -> None:
     precision = int(state[row + PRECISION]) + start
     for i in range(size):
         state[at(precision + i)] = 1.0 / state[at(spread + i)]
-        state[at(constant + i)] = -0.5 * (LOG_TWO_PI + math.log(state[at(spread + i)]))
+    constants = state[constant : constant + size]
+    for i in range(size):
+        constants[i] = state[at(spread + i)]
+    take_logarithm(constants)
+    for i in range(size):
+        constants[i] = -0.5 * (LOG_TWO_PI + constants[i])
 
 
 @compiled
@@ -778,25 +823,26 @@ def _maximize(state: Array, everything: bool, general: Any) -> bool:
     n_components, shares = int(state[N_COMPONENTS]), int(state[SHARES])
     pseudo = state[PRIOR_WEIGHT] / state[SCALE]
     safe, tied = True, False
-    if general is not None:
-        for index in range(int(state[N_FACTORS])):
-            row = HEADER + index * ROW
-            if int(state[row + KIND]) == TIED:
-                tied = True
-                safe &= _maximize_tied(state, row, pseudo, everything)
+    for index in range(int(state[N_FACTORS])):
+        row = HEADER + index * ROW
+        kind = int(state[row + KIND])
+        if general is None or kind >= DIAGONAL:
+            _write_pooled_variances(state, row)
+        if general is not None and kind == TIED:
+            tied = True
+            safe &= _maximize_tied(state, row, pseudo, everything)
+            continue
+        for component in range(n_components):
+            if not (everything or state[at(shares + component)] > LEAST_SHARE):
+                continue
+            if general is None or kind == FULL:
+                safe &= _maximize_full(state, row, component, pseudo)
+            elif kind < DIAGONAL:
+                _maximize_other(state, row, component, pseudo)
+            else:
+                _maximize_separate(state, row, component, pseudo)
     for component in range(n_components):
-        due = everything or state[at(shares + component)] > LEAST_SHARE
-        if due:
-            for index in range(int(state[N_FACTORS])):
-                row = HEADER + index * ROW
-                kind = int(state[row + KIND])
-                if general is None or kind == FULL:
-                    safe &= _maximize_full(state, row, component, pseudo)
-                elif kind < DIAGONAL:
-                    _maximize_other(state, row, component, pseudo)
-                elif kind != TIED:
-                    _maximize_separate(state, row, component, pseudo)
-        if due or tied:
+        if tied or everything or state[at(shares + component)] > LEAST_SHARE:
             _normalize(state, component)
     return safe
 

@@ -26,6 +26,8 @@ from stream_em.compiled import (
     FULL,
     HEADER,
     KIND,
+    LN2_HIGH,
+    LN2_LOW,
     LOCATION,
     LOG_LIKELIHOOD,
     MEAN,
@@ -62,6 +64,7 @@ from stream_em.compiled import (
     entry,
     entry_point,
     step,
+    take_logarithm,
 )
 from stream_em.families.gaussian import LARGEST_SQUARED_OFFSET
 from stream_em.numerics import (
@@ -79,7 +82,7 @@ MATRIX = types.Array(types.float64, 2, "C")
 # Events taken through features, softmax and sums at once: no more than these, fewer where they have many features, so
 # that they stay in the core's caches, or else more than `UNPACKED_PRODUCTS`, but not so few that the coefficients are
 # read for next to nothing.
-CHUNK, LEAST_CHUNK, CHUNK_FEATURES = 500, 128, 300_000
+CHUNK, LEAST_CHUNK, CHUNK_FEATURES = 504, 128, 300_000
 
 # Doubles in a line of the cache.
 CACHE_LINE = 8
@@ -90,10 +93,8 @@ _features = get_host_cpu_features()
 MOST_COEFFICIENTS = 0 if _features.get("avx512f") else 2_600 if _features.get("avx2") else 600
 
 LOG2_E = 1.4426950408889634
-LN2_HIGH, LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
 # Adding 1.5 * 2^52 leaves no bits for a fraction: the sum is rounded to a whole number, in its lowest bits.
 ROUNDING_SHIFT = 6755399441055744.0
-SQRT_HALF_BITS = int(np.float64(0.5**0.5).view(np.int64))
 
 
 @compiled_in_order
@@ -124,36 +125,6 @@ def _exponentiate(values: Array, scratch: Array) -> None:
     bits, exponents = values.view(np.int64), scratch.view(np.int64)
     for i in range(len(values)):
         bits[i] += exponents[i] << 52
-
-
-@compiled_in_order
-def _take_logarithm(values: Array) -> None:
-    """Replace normal values > 0 by their logarithms, without a call for each.
-
-    With v = 2^k m and m in [sqrt(1/2), sqrt(2)), log(m) = 2 artanh((m - 1) / (m + 1)), whose series is exact to
-    rounding at the 21st power.
-    """
-    bits = values.view(np.int64)
-    for i in range(len(values)):
-        # The bits from that of sqrt(1/2) on count up to the next power of two there.
-        above = bits[i] - SQRT_HALF_BITS
-        k = above >> 52
-        bits[i] -= k << 52
-        mantissa = values[i]
-        t = (mantissa - 1.0) / (mantissa + 1.0)
-        square = t * t
-        series = 1.0 / 21.0
-        series = series * square + 1.0 / 19.0
-        series = series * square + 1.0 / 17.0
-        series = series * square + 1.0 / 15.0
-        series = series * square + 1.0 / 13.0
-        series = series * square + 1.0 / 11.0
-        series = series * square + 1.0 / 9.0
-        series = series * square + 1.0 / 7.0
-        series = series * square + 1.0 / 5.0
-        series = series * square + 1.0 / 3.0
-        log_mantissa = 2.0 * (t + t * (square * series))
-        values[i] = k * LN2_HIGH + (k * LN2_LOW + log_mantissa)
 
 
 @compiled
@@ -228,13 +199,16 @@ def _separate_coefficients(state: Array, row: int, component: int, theta: Array,
     location, center = int(state[row + LOCATION]) + component * size, int(state[row + POOLED_MEAN])
     precision, constants = int(state[row + PRECISION]) + component * size, int(state[row + CONSTANT]) + component * size
     constant, distance = 0.0, 0.0
+    # Loops that write one array each are vectorised, since few places have to be told apart.
     for i in range(size):
-        offset, inverse = state[at(location + i)] - state[at(center + i)], state[at(precision + i)]
-        theta[component, start + i] = -0.5 * inverse
-        theta[component, start + size + i] = offset * inverse
-        constant += state[at(constants + i)] - 0.5 * offset * offset * inverse
-        distance += offset * offset * inverse
-    return constant if distance <= LARGEST_SQUARED_OFFSET else np.nan
+        theta[component, at(start + i)] = -0.5 * state[at(precision + i)]
+    for i in range(size):
+        offset = state[at(location + i)] - state[at(center + i)]
+        linear = offset * state[at(precision + i)]
+        theta[component, at(start + size + i)] = linear
+        constant += state[at(constants + i)]
+        distance += offset * linear
+    return constant - 0.5 * distance if distance <= LARGEST_SQUARED_OFFSET else np.nan
 
 
 @compiled
@@ -317,7 +291,7 @@ def _respond(shares: Array, log_prob: Array, scratch: Array) -> None:
     for event in range(n_events):
         log_prob[event] = total[event]
         total[event] = 1.0 / total[event]
-    _take_logarithm(log_prob)
+    take_logarithm(log_prob)
     for event in range(n_events):
         log_prob[event] += largest[event]
     for component in range(n_components):
@@ -343,113 +317,175 @@ def _find_winners(shares: Array, scratch: Array, winners: Array) -> None:
 
 
 @compiled
-def _keeps_digits(state: Array, sums: Array, scale: float) -> bool:
+def _add_up(state: Array, sums: Array, totals: Array) -> None:
+    """Write the sums of fields and of squares (2, D) over all components, in the order of the factors."""
+    n_components = len(sums)
+    start, first = 0, 0
+    for index in range(int(state[N_FACTORS])):
+        row = HEADER + index * ROW
+        size, full = int(state[row + SIZE]), int(state[row + KIND]) == FULL
+        linear = start + (size * (size + 1) // 2 if full else size)
+        for i in range(size):
+            totals[0, at(first + i)] = 0.0
+            totals[1, at(first + i)] = 0.0
+        for component in range(n_components):
+            for i in range(size):
+                totals[0, at(first + i)] += sums[component, at(linear + i)]
+            if full:
+                square = start
+                for i in range(size):
+                    totals[1, at(first + i)] += sums[component, at(square)]
+                    square += size - i
+            else:
+                for i in range(size):
+                    totals[1, at(first + i)] += sums[component, at(start + i)]
+        start, first = linear + size, first + size
+
+
+@compiled
+def _drowns(first: float, second: float, scatter: float, pooled: float, weights: tuple[float, float, float]) -> int:
+    """1 where a component's variance is lost in the rounding of its offset, 0 where it is not."""
+    weight, inverse, inverse_of_all = weights
+    squared = (first * inverse) ** 2
+    # A few events hardly vary, but what they join does.
+    variance = (weight * max(second * inverse - squared, 0.0) + scatter) * inverse_of_all
+    # Against the whole range of the block a variance of 0 is as good as one of 1e-15.
+    return 1 if EPSILON * squared > 1e-9 * variance + 1e-15 * pooled else 0
+
+
+@compiled
+def _keeps_digits(state: Array, sums: Array, totals: Array, scale: float) -> bool:
     """Whether all values were plain numbers, and no variance drowned in the rounding of its offset.
 
     The sums and the offsets are about the pooled mean. `scale` is what the statistics so far will count.
     """
-    n_components, n_columns = sums.shape
-    start = 0
+    n_components, last = sums.shape[0], sums.shape[1] - 1
+    total = SMALLEST_WEIGHT
+    for component in range(n_components):
+        total += sums[component, last]
+    n_drowned, start, first = 0, 0, 0
+    pooled = np.empty(totals.shape[1])
+    for i in range(len(pooled)):
+        # Nor is it below where a value was missing.
+        n_drowned += 0 if totals[1, i] < LARGEST_VALUE else 1
+        pooled[i] = max(totals[1, i] / total - (totals[0, i] / total) ** 2, 0.0)
+    if n_drowned:
+        return False
     for index in range(int(state[N_FACTORS])):
         row = HEADER + index * ROW
         size, full = int(state[row + SIZE]), int(state[row + KIND]) == FULL
         linear = start + (size * (size + 1) // 2 if full else size)
-        square = start
-        for i in range(size):
-            total, first, second = SMALLEST_WEIGHT, 0.0, 0.0
-            for component in range(n_components):
-                total += sums[component, n_columns - 1]
-                first += sums[component, linear + i]
-                second += sums[component, square]
-            # Nor is it below where a value was missing.
-            if not second < LARGEST_VALUE:
-                return False
-            pooled = max(second / total - (first / total) ** 2, 0.0)
-            for component in range(n_components):
-                weight = sums[component, n_columns - 1]
-                if weight <= SMALLEST_WEIGHT:
-                    continue
-                squared = (sums[component, linear + i] / weight) ** 2
-                variance = max(sums[component, square] / weight - squared, 0.0)
-                # A few events hardly vary, but what they join does.
-                place = (component * size + i) * size + i if full else component * size + i
-                scatter = weight * variance + scale * state[at(int(state[row + SCATTER]) + place)]
-                variance = scatter / (weight + scale * state[at(int(state[WEIGHTS]) + component)])
-                # Against the whole range of the block a variance of 0 is as good as one of 1e-15.
-                if EPSILON * squared > 1e-9 * variance + 1e-15 * pooled:
-                    return False
-            square += size - i if full else 1
-        start = linear + size
-    return True
+        for component in range(n_components):
+            weight = sums[component, last]
+            if weight <= SMALLEST_WEIGHT:
+                continue
+            scatter = int(state[row + SCATTER]) + component * (size * size if full else size)
+            weights = weight, 1.0 / weight, 1.0 / (weight + scale * state[at(int(state[WEIGHTS]) + component)])
+            if full:
+                square = start
+                for i in range(size):
+                    own = scale * state[at(scatter + i * size + i)]
+                    n_drowned += _drowns(
+                        sums[component, at(linear + i)],
+                        sums[component, at(square)],
+                        own,
+                        pooled[at(first + i)],
+                        weights,
+                    )
+                    square += size - i
+            else:
+                for i in range(size):
+                    own = scale * state[at(scatter + i)]
+                    n_drowned += _drowns(
+                        sums[component, at(linear + i)],
+                        sums[component, at(start + i)],
+                        own,
+                        pooled[at(first + i)],
+                        weights,
+                    )
+        start, first = linear + size, first + size
+    return n_drowned == 0
 
 
 @compiled
-def _absorb_sums(state: Array, sums: Array) -> None:
+def _absorb_sums(state: Array, sums: Array, totals: Array) -> None:
     """Merge sums of features about the pooled mean into statistics, then into pooled statistics."""
-    n_components, n_columns = sums.shape
-    weights, start = int(state[WEIGHTS]), 0
-    inverse_scale = 1.0 / state[SCALE]
+    n_components, last = sums.shape[0], sums.shape[1] - 1
+    weights, start, first = int(state[WEIGHTS]), 0, 0
+    inverse_scale, all_weight = 1.0 / state[SCALE], 0.0
+    for component in range(n_components):
+        all_weight += sums[component, last]
     for index in range(int(state[N_FACTORS])):
         row = HEADER + index * ROW
         size, full = int(state[row + SIZE]), int(state[row + KIND]) == FULL
-        linear = start + (size * (size + 1) // 2 if full else size)
-        center, delta = int(state[row + POOLED_MEAN]), int(state[WORK])
         for component in range(n_components):
-            weight = sums[component, n_columns - 1]
-            if weight <= 0.0:
+            if sums[component, last] <= 0.0:
                 continue
-            new, old = weight * inverse_scale, state[at(weights + component)]
-            share = new / (old + new)
-            mean, own_weight = int(state[row + MEAN]) + component * size, int(state[row + WEIGHT]) + component * size
-            for i in range(size):
-                offset = sums[component, linear + i] / weight
-                state[at(delta + i)] = state[at(center + i)] + offset - state[at(mean + i)]
-            square = start
-            for i in range(size):
-                offset = sums[component, linear + i] / weight
-                if not full:
-                    # Less than the component's where values were missing in the past.
-                    old = state[at(own_weight + i)]
-                    share = new / (old + new)
-                for j in range(i, size if full else i + 1):
-                    within = sums[component, square] - offset * sums[component, linear + j]
-                    if i == j:
-                        within = max(within, 0.0)
-                    between = old * share * state[at(delta + i)] * state[at(delta + j)]
-                    place = (component * size + j) * size + i if full else component * size + i
-                    state[at(int(state[row + SCATTER]) + place)] += within * inverse_scale + between
-                    square += 1
-            for i in range(size):
-                if not full:
-                    share = new / (state[at(own_weight + i)] + new)
-                    state[at(own_weight + i)] += new
-                state[at(mean + i)] += share * state[at(delta + i)]
-        square = start
+            if full:
+                _absorb_full(state, row, component, sums, start, inverse_scale)
+            else:
+                _absorb_separate(state, row, component, sums, start, inverse_scale)
+        pooled_weight, center = int(state[row + POOLED_WEIGHT]), int(state[row + POOLED_MEAN])
+        pooled_scatter, new = int(state[row + POOLED_SCATTER]), all_weight * inverse_scale
         for i in range(size):
-            weight, first, second = 0.0, 0.0, 0.0
-            for component in range(n_components):
-                weight += sums[component, n_columns - 1]
-                first += sums[component, linear + i]
-                second += sums[component, square]
-            square += size - i if full else 1
-            new = weight * inverse_scale
-            total = state[at(int(state[row + POOLED_WEIGHT]) + i)] + new
-            share = new / total
+            old = state[at(pooled_weight + i)]
             # The old pooled mean is the origin of the features.
-            offset = first / weight
-            between = (total - new) * share * offset * offset
-            within = max(second - offset * first, 0.0)
-            state[at(int(state[row + POOLED_WEIGHT]) + i)] = total
-            state[at(int(state[row + POOLED_SCATTER]) + i)] += within * inverse_scale + between
-        for i in range(size):
-            weight, first = 0.0, 0.0
-            for component in range(n_components):
-                weight += sums[component, n_columns - 1]
-                first += sums[component, linear + i]
-            state[at(center + i)] += first * inverse_scale / state[at(int(state[row + POOLED_WEIGHT]) + i)]
-        start = linear + size
+            offset = totals[0, at(first + i)] / all_weight
+            within = max(totals[1, at(first + i)] - offset * totals[0, at(first + i)], 0.0)
+            share = new / (old + new)
+            state[at(pooled_scatter + i)] += within * inverse_scale + old * share * offset * offset
+            state[at(center + i)] += share * offset
+            state[at(pooled_weight + i)] = old + new
+        start, first = start + (size * (size + 3) // 2 if full else 2 * size), first + size
     for component in range(n_components):
-        state[at(weights + component)] += sums[component, n_columns - 1] * inverse_scale
+        state[at(weights + component)] += sums[component, last] * inverse_scale
+
+
+@compiled
+def _absorb_full(state: Array, row: int, component: int, sums: Array, start: int, inverse_scale: float) -> None:
+    size = int(state[row + SIZE])
+    linear = start + size * (size + 1) // 2
+    center, delta = int(state[row + POOLED_MEAN]), int(state[WORK])
+    mean, scatter = int(state[row + MEAN]) + component * size, int(state[row + SCATTER]) + component * size * size
+    weight, old = sums[component, sums.shape[1] - 1], state[at(int(state[WEIGHTS]) + component)]
+    new = weight * inverse_scale
+    share, inverse = new / (old + new), 1.0 / weight
+    for i in range(size):
+        offset = sums[component, at(linear + i)] * inverse
+        state[at(delta + i)] = state[at(center + i)] + offset - state[at(mean + i)]
+    square = start
+    for i in range(size):
+        offset = sums[component, at(linear + i)] * inverse
+        for j in range(i, size):
+            within = sums[component, at(square)] - offset * sums[component, at(linear + j)]
+            if i == j:
+                within = max(within, 0.0)
+            between = old * share * state[at(delta + i)] * state[at(delta + j)]
+            state[at(scatter + j * size + i)] += within * inverse_scale + between
+            square += 1
+    for i in range(size):
+        state[at(mean + i)] += share * state[at(delta + i)]
+
+
+@compiled
+def _absorb_separate(state: Array, row: int, component: int, sums: Array, start: int, inverse_scale: float) -> None:
+    size = int(state[row + SIZE])
+    linear, center = start + size, int(state[row + POOLED_MEAN])
+    mean, own_weight = int(state[row + MEAN]) + component * size, int(state[row + WEIGHT]) + component * size
+    scatter = int(state[row + SCATTER]) + component * size
+    weight = sums[component, sums.shape[1] - 1]
+    new, inverse = weight * inverse_scale, 1.0 / weight
+    # A component's weight in a field is less than its own where values were missing in the past.
+    for i in range(size):
+        offset, old = sums[component, at(linear + i)] * inverse, state[at(own_weight + i)]
+        within = max(sums[component, at(start + i)] - offset * sums[component, at(linear + i)], 0.0)
+        delta = state[at(center + i)] + offset - state[at(mean + i)]
+        state[at(scatter + i)] += within * inverse_scale + old * new / (old + new) * delta * delta
+    for i in range(size):
+        offset, old = sums[component, at(linear + i)] * inverse, state[at(own_weight + i)]
+        delta = state[at(center + i)] + offset - state[at(mean + i)]
+        state[at(mean + i)] += new / (old + new) * delta
+        state[at(own_weight + i)] = old + new
 
 
 @compiled
@@ -729,10 +765,12 @@ def step_block(state: Array, table: Any, events: Any, weight: Array, answers: Ar
     scale = state[SCALE] * retention
     if not (scale >= SMALLEST_SCALE and total_weight > 0.0 and log_likelihood >= -LARGEST_LOG_DENSITY):
         return np.nan
-    if not _keeps_digits(state, sums, scale):
+    totals = np.empty((2, len(center)))
+    _add_up(state, sums, totals)
+    if not _keeps_digits(state, sums, totals, scale):
         return np.nan
     state[SCALE] = scale
-    _absorb_sums(state, sums)
+    _absorb_sums(state, sums, totals)
     whole_batch = math.floor(seen / state[BATCH_SIZE]) > math.floor(state[N_EVENTS] / state[BATCH_SIZE])
     state[STATE_WEIGHT] = retention * state[STATE_WEIGHT] + total_weight
     state[LOG_LIKELIHOOD] = retention * state[LOG_LIKELIHOOD] + log_likelihood
