@@ -161,7 +161,7 @@ def served(kind: Callable[[PipelineOptions], JobServer], *flags: str) -> Iterato
         server.stop()
 
 
-ENGINES = {"embedded": embedded, "processes": processes, "flink": flink, "prism": prism}
+ENGINES = {"embedded": embedded, "flink": flink, "prism": prism, "processes": processes}
 
 
 class Collect(beam.PTransform):
