@@ -137,5 +137,5 @@ $(READY): pyproject.toml requirements-lock.txt
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $$constraint -e '.[dev]'
 	@# Tests start hundreds of processes, some where Python is told to keep no bytecode. On all cores, as pip does not; the
 	@# tests of packages, and files of other versions of Python that some bring, are left as they are.
-	@$(BIN)/python -m compileall -qq -j 0 -x '/tests/' $(VENV)/lib stream_em || true
+	@$(BIN)/python -m compileall -qq -j 0 -x '/(tests|pip|mypy|mypyc|setuptools)/' $(VENV)/lib stream_em || true
 	@touch $@

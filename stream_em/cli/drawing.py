@@ -22,6 +22,9 @@ _PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from stream_em.cli.drawing_p
 
 Plot = Literal["plot_run", "plot_learner"]
 
+# Seconds that the other process may take for a picture once there is nothing else to do.
+LONGEST_WAIT = 60.0
+
 
 def load_plots() -> Any:
     """Return the module that draws, or say what it needs."""
@@ -55,9 +58,9 @@ class Illustrator:
                 other.kill()
 
     def prepare(self, chunk: Chunk, source: Source) -> None:
-        """Get ready for a picture, if a chunk is not the only one of its source."""
+        """Get ready for a picture, if a chunk is not the only one of its source, and the source has an end."""
         only = not chunk.before["index"] and source.least_events <= chunk.after["index"]
-        if only or self._other is not None or os.cpu_count() == 1 or sys.platform == "win32":
+        if only or source.live or self._other is not None or os.cpu_count() == 1 or sys.platform == "win32":
             return
         command = [sys.executable, "-P", "-c", _PROGRAM, *sys.path]
         # Where no other can be started, this process does without.
@@ -108,16 +111,18 @@ class Illustrator:
 
     def _tell(self, order: tuple[Any, ...]) -> None:
         if self._other is not None and self._other.stdin is not None:
+            orders, self._other.stdin = self._other.stdin, None
             # It may be gone; nothing about a picture keeps the rest of a job from being written.
-            with suppress(Exception), self._other.stdin as orders:
+            with suppress(Exception), orders:
                 pickle.dump(order, orders)
 
     def _answer(self) -> bytes | None:
-        if self._other is None or self._other.stdout is None:
+        if self._other is None:
             return None
         try:
-            picture: bytes | None = pickle.load(self._other.stdout)
+            told, _ = self._other.communicate(timeout=LONGEST_WAIT)
+            picture: bytes | None = pickle.loads(told)
         except Exception:
-            # It is gone, or something else wrote there: what is read may be anything.
+            # It is gone or does nothing, or something else wrote there: what is read may be anything.
             return None
         return picture

@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import select
+import signal
 import subprocess
 import sys
 
@@ -58,17 +60,20 @@ def test_another_process_draws_the_same(prepared, learner, tmp_path, suffix, mon
 def test_it_draws_while_the_job_goes_on(prepared, learner, tmp_path):
     with prepared.drawing(tmp_path / "picture.png", "plot_learner", learner):
         assert not (tmp_path / "picture.png").exists()
+        # Its answer comes while the block runs.
+        assert select.select([prepared._other.stdout], [], [], 60.0)[0]
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("when", ["before", "while"])
-def test_what_befalls_it_is_made_good(prepared, learner, tmp_path, when):
+@pytest.mark.parametrize("what", ["killed before", "killed", "stopped"])
+def test_what_befalls_it_is_made_good(prepared, learner, tmp_path, what, monkeypatch):
+    monkeypatch.setattr("stream_em.cli.drawing.LONGEST_WAIT", 1.0)
     expected = bytes_drawn_here(learner, tmp_path / "expected.png")
-    if when == "before":
+    if what == "killed before":
         prepared._other.kill()
         prepared._other.wait()
     with prepared.drawing(tmp_path / "picture.png", "plot_run", learner, HISTORY):
-        prepared._other.kill()
+        prepared._other.send_signal(signal.SIGSTOP if what == "stopped" else signal.SIGKILL)
     assert (tmp_path / "picture.png").read_bytes() == expected
 
 
