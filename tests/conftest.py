@@ -29,8 +29,14 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+def pytest_configure(config: pytest.Config) -> None:
+    # By the name of a test alone pytest-xdist tells its group, and none would be kept together.
+    if config.getoption("dist", "no") == "loadgroup" and not hasattr(pytest.Item, "_nodeid"):
+        raise pytest.UsageError("pytest-xdist cannot rename the tests of this pytest: pip install 'pytest<9.2'")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what runs on a real Kafka broker, so that -m finds it, and have one process start an engine for a module."""
     for item in items:
         if "broker" in getattr(item, "fixturenames", ()):
@@ -38,11 +44,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for engine in ("flink", "kafka", "prism"):
             if item.get_closest_marker(engine) is not None:
                 item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} on {engine}"))
-    yield
-    # By its name alone pytest-xdist tells a group; it cannot rename a test of pytest 9.2.
-    apart = [item.nodeid for item in items if item.get_closest_marker("xdist_group") and "@" not in item.nodeid]
-    if apart and getattr(config.option, "loadgroup", False):
-        raise pytest.UsageError(f"this pytest-xdist does not keep {apart[0]} with its group: install pytest<9.2")
 
 
 @pytest.fixture(scope="module", autouse=True)
