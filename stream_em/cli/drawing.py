@@ -111,6 +111,7 @@ class Illustrator:
 
     def _tell(self, order: tuple[Any, ...]) -> None:
         if self._other is not None and self._other.stdin is not None:
+            # To read the answer would flush it once more, and it is closed by then.
             orders, self._other.stdin = self._other.stdin, None
             # It may be gone; nothing about a picture keeps the rest of a job from being written.
             with suppress(Exception), orders:

@@ -161,7 +161,7 @@ def served(kind: Callable[[PipelineOptions], JobServer], *flags: str) -> Iterato
         server.stop()
 
 
-ENGINES = {"embedded": embedded, "flink": flink, "prism": prism, "processes": processes}
+ENGINES = {"embedded": embedded, "processes": processes, "flink": flink, "prism": prism}
 
 
 class Collect(beam.PTransform):

@@ -39,13 +39,9 @@ from stream_em.seeding import seed
 # Beam's threads that listen to Flink say so when it ends a job before they do.
 QUIET = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 MARKS = {"processes": (pytest.mark.slow,), "flink": (pytest.mark.flink, QUIET), "prism": (pytest.mark.prism,)}
-PARAMS = {name: pytest.param(name, marks=MARKS.get(name, ())) for name in ENGINES}
-# Worker processes start for each pipeline. What they run here, they run in another test, too.
-LIGHT = [param for name, param in PARAMS.items() if name != "processes"]
-on_light_engines = pytest.mark.parametrize("engine", LIGHT, indirect=True, scope="module")
 
 
-@pytest.fixture(scope="module", params=list(PARAMS.values()))
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=MARKS.get(name, ())) for name in ENGINES])
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     with pytest.MonkeyPatch.context() as patch:
         # Worker processes import what the tests define.
@@ -62,7 +58,6 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
             context.__exit__(None, None, None)
 
 
-@on_light_engines
 def test_statistics_equal_those_of_the_e_step_in_this_process(engine: Engine, tmp_path: Path) -> None:
     events = mixed_events()
     batch, start = a_start(events)
@@ -88,7 +83,6 @@ def test_statistics_equal_those_of_the_e_step_in_this_process(engine: Engine, tm
     assert (sum(one.n_events for one in counts), sum(one.n_rejected for one in counts)) == (len(events), 1)
 
 
-@on_light_engines
 def test_several_starts_are_merged_apart_in_parts(engine: Engine, tmp_path: Path) -> None:
     events = mixed_events()
     batch, start = a_start(events)
@@ -108,7 +102,8 @@ def test_several_starts_are_merged_apart_in_parts(engine: Engine, tmp_path: Path
         assert_same(merged[position], MODEL.bind(SCHEMA).e_step(parameters_of_start, batch))
 
 
-def test_refit_equals_batch_em_in_this_process(engine: Engine) -> None:
+@pytest.mark.parametrize("shards", [1, 64])
+def test_refit_equals_batch_em_in_this_process(engine: Engine, shards: int) -> None:
     events = mixed_events()
     options: dict[str, Any] = {
         "schema": SCHEMA,
@@ -117,7 +112,7 @@ def test_refit_equals_batch_em_in_this_process(engine: Engine) -> None:
         "tol": 0.0,
     }
     unusable = {"x": float("inf"), "y": 0.0, "shop": "a"}
-    source = InShards([*events, unusable], 64)
+    source = InShards([*events, unusable], shards)
     learner, counts = Refit(MODEL, **options).run(source, options=engine.options())
     assert_same_fit(learner, BatchEM(MODEL, **options).fit(events))
     assert (counts.n_events, counts.n_rejected) == (len(events), 1)
@@ -204,7 +199,6 @@ def test_event_time_timers_emit_the_model_of_each_key_and_window(
     assert rejected.event == unusable
 
 
-@on_light_engines
 def test_no_event_is_lost_in_small_batches(engine: Engine, tmp_path: Path) -> None:
     events = mixed_events()
     with engine.pipeline() as pipeline:

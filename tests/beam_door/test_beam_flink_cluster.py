@@ -119,21 +119,25 @@ def kafka() -> Iterator[Any]:
 
 def test_a_refit_that_loses_a_worker_comes_to_the_same_numbers(cluster: Cluster, tmp_path: Path) -> None:
     events = mixed_events()
-    # An iteration is a job, and to bring one to the cluster takes longer than all else.
-    options: dict[str, Any] = {"schema": SCHEMA, "initial_parameters": a_start(events)[1], "max_iter": 1, "tol": 0.0}
-    reading = tmp_path / "reading"
+    options: dict[str, Any] = {"schema": SCHEMA, "initial_parameters": a_start(events)[1], "max_iter": 2, "tol": 0.0}
+    reading, folder = tmp_path / "reading", tmp_path / "run"
+    first_iteration = folder / "start-0" / "iteration-0001.arrow"
 
-    def kill_one_that_reads() -> None:
+    def kill_in_the_second_iteration() -> None:
+        wait_for(first_iteration.exists, cluster.log)
+        reading.unlink()
         wait_for(reading.exists, cluster.log)
         cluster.replace_a_worker()
 
-    killer = threading.Thread(target=kill_one_that_reads)
+    killer = threading.Thread(target=kill_in_the_second_iteration)
     killer.start()
     n_jobs = len(cluster.jobs())
-    learner, counts = Refit(MODEL, **options).run(SlowShards(events, 0.5, reading), options=cluster.engine.options())
+    learner, counts = Refit(MODEL, **options).run(
+        SlowShards(events, 0.5, reading), str(folder), options=cluster.engine.options()
+    )
     killer.join()
-    (job,) = cluster.jobs()[n_jobs:]
-    assert cluster.n_attempts(job) > 1
+    _, second = cluster.jobs()[n_jobs:]
+    assert cluster.n_attempts(second) > 1
     assert_same_fit(learner, BatchEM(MODEL, **options).fit(events))
     assert (counts.n_events, counts.n_rejected) == (len(events), 0)
 
